@@ -1,0 +1,597 @@
+"""irnb.images: kinds of files, damage, atomic writes, the PNG codec against Pillow, tiling against the untiled net."""
+import errno, io, os, struct, threading, warnings, zlib
+
+import numpy as np
+import pytest
+import skimage.color
+import skimage.data
+import tifffile
+import torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image, ImageFile
+from torch import nn
+
+import irnb.images as images
+from irnb.images import (ImageError, Picture, check_writable, dihedral, image_files, pad_to_multiple, quantise,
+                         read_array, read_image, read_picture, rgb_to_gray, rgb_to_y, show, show_crops, tiled, write_array,
+                         write_image, write_picture)
+
+rng = np.random.default_rng(0)
+RGB8 = rng.integers(0, 256, (13, 17, 3), dtype=np.uint8)
+RGB16 = rng.integers(0, 65536, (13, 17, 3), dtype=np.uint16)
+ALPHA8 = rng.integers(0, 256, (13, 17, 1), dtype=np.uint8)
+ALPHA16 = rng.integers(0, 65536, (13, 17, 1), dtype=np.uint16)
+
+
+def as_array(tensor, bits=8):
+    return (tensor.permute(1, 2, 0) * (2**bits - 1)).round().numpy().astype(np.uint8 if bits == 8 else np.uint16)
+
+
+# ---- kinds -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "tiff"])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_lossless_formats_round_trip_in_kind(tmp_path, suffix, bits, channels):
+    colour, alpha = (RGB8, ALPHA8) if bits == 8 else (RGB16, ALPHA16)
+    array = np.concatenate([colour[..., : 1 if channels < 3 else 3]] + [alpha] * (channels % 2 == 0), -1)
+    write_array(tmp_path / f"a.{suffix}", array, icc=b"profile")
+    back, icc = read_array(tmp_path / f"a.{suffix}")
+    assert back.dtype == array.dtype and icc == b"profile"
+    np.testing.assert_array_equal(back, array)
+    picture = read_picture(tmp_path / f"a.{suffix}")
+    assert picture.bits == bits and picture.pixels.shape[0] == (1 if channels < 3 else 3)
+    assert (picture.alpha is None) == (channels % 2 == 1) and picture.rgb.shape[0] == 3
+    write_picture(tmp_path / f"b.{suffix}", picture)
+    np.testing.assert_array_equal(read_array(tmp_path / f"b.{suffix}")[0], array)
+
+
+def test_written_files_are_what_other_programs_read(tmp_path):
+    write_array(tmp_path / "a.tif", np.concatenate([RGB16, ALPHA16], -1))
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "a.tif"), np.concatenate([RGB16, ALPHA16], -1))
+    write_array(tmp_path / "g.png", RGB16[..., :1])
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "g.png")), RGB16[..., 0])  # Pillow: 16-bit grey only
+    write_array(tmp_path / "c.png", RGB16)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "c.png")), RGB16 >> 8)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "bmp", "webp"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_other_formats(tmp_path, suffix, channels):
+    ramp = np.linspace(20, 230, 32).astype(np.uint8)[:, None, None]
+    smooth = np.ascontiguousarray(np.broadcast_to(ramp, (32, 40, channels)))
+    write_array(tmp_path / f"a.{suffix}", smooth)
+    back, _ = read_array(tmp_path / f"a.{suffix}")
+    assert back.shape[2] == (3 if suffix == "webp" else channels)
+    assert np.abs(back.astype(int) - smooth).max() <= (2 if suffix == "jpg" else 0)
+
+
+def test_webp_keeps_alpha_and_the_colour_below_it(tmp_path):
+    array = np.concatenate([RGB8, np.zeros_like(ALPHA8)], -1)
+    array[0, 0, 3] = 255
+    write_array(tmp_path / "a.webp", array)
+    np.testing.assert_array_equal(read_array(tmp_path / "a.webp")[0], array)
+
+
+def test_palettes_and_named_transparent_colours(tmp_path):
+    paletted = Image.fromarray(RGB8).quantize(8)
+    paletted.save(tmp_path / "p.png")
+    np.testing.assert_array_equal(read_array(tmp_path / "p.png")[0], np.asarray(paletted.convert("RGB")))
+    paletted.save(tmp_path / "t.png", transparency=3)
+    want = (np.asarray(paletted) != 3) * 255
+    np.testing.assert_array_equal(read_array(tmp_path / "t.png")[0][..., 3], want)
+    Image.fromarray(RGB8).save(tmp_path / "rgb.png", transparency=tuple(int(v) for v in RGB8[2, 3]))
+    array, _ = read_array(tmp_path / "rgb.png")
+    assert array.shape[2] == 4 and array[2, 3, 3] == 0 and array[..., 3].sum() == 255 * (13 * 17 - 1)
+    Image.fromarray(RGB8[..., 0]).save(tmp_path / "l.png", transparency=int(RGB8[0, 0, 0]))
+    array, _ = read_array(tmp_path / "l.png")
+    np.testing.assert_array_equal(array[..., 1], (RGB8[..., 0] != RGB8[0, 0, 0]) * 255)
+
+
+def test_one_bit_cmyk_and_ycck(tmp_path):
+    bits = RGB8[..., 0] > 127
+    Image.fromarray(bits).save(tmp_path / "one.png")
+    np.testing.assert_array_equal(read_array(tmp_path / "one.png")[0][..., 0], bits * 255)
+    smooth = np.broadcast_to(np.array([200, 100, 50], np.uint8), (32, 32, 3))
+    cmyk = Image.fromarray(np.ascontiguousarray(smooth)).convert("CMYK")
+    cmyk.save(tmp_path / "c.jpg", quality=100, icc_profile=b"cmyk")
+    array, icc = read_array(tmp_path / "c.jpg")
+    assert array.shape == (32, 32, 3) and np.abs(array.astype(int) - smooth).max() <= 3 and icc is None
+
+
+@pytest.mark.parametrize("code", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "tif16", "png16"])
+def test_orientation_is_applied(tmp_path, code, kind):
+    picture = np.zeros((16, 24, 3), np.uint8)
+    picture[:8, :8], picture[8:, 16:, 0] = 255, 255
+    exif = Image.Exif()
+    exif[0x0112] = code
+    Image.fromarray(picture).save(tmp_path / "a.jpg", quality=100, subsampling=0, exif=exif)
+    from PIL import ImageOps
+    want = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg")))  # the independent reference
+    path = tmp_path / "a.jpg"
+    if kind == "tif16":
+        path = tmp_path / "a.tif"
+        tifffile.imwrite(path, np.asarray(Image.open(tmp_path / "a.jpg")).astype(np.uint16) * 257, photometric="rgb",
+                         extratags=[(274, "H", 1, code, True)], metadata=None)
+    if kind == "png16":
+        path = tmp_path / "a.png"
+        write_array(path, np.asarray(Image.open(tmp_path / "a.jpg")).astype(np.uint16) * 257)
+        path.write_bytes(add_chunk(path.read_bytes(), b"eXIf", exif.tobytes()[6:]))
+    array, _ = read_array(path)
+    np.testing.assert_array_equal(array if kind == "jpg" else array // 257, want)
+
+
+def test_tiff_variants(tmp_path):
+    tifffile.imwrite(tmp_path / "planes.tif", RGB16.transpose(2, 0, 1), photometric="rgb", planarconfig="separate")
+    np.testing.assert_array_equal(read_array(tmp_path / "planes.tif")[0], RGB16)
+    tifffile.imwrite(tmp_path / "white.tif", RGB16[..., 0], photometric="miniswhite")
+    np.testing.assert_array_equal(read_array(tmp_path / "white.tif")[0][..., 0], 65535 - RGB16[..., 0])
+    tifffile.imwrite(tmp_path / "big.tif", RGB16, byteorder=">", bigtiff=True, photometric="rgb")
+    np.testing.assert_array_equal(read_array(tmp_path / "big.tif")[0], RGB16)
+    unit = rng.random((9, 8)).astype(np.float32)
+    tifffile.imwrite(tmp_path / "float.tif", unit)
+    np.testing.assert_array_equal(read_picture(tmp_path / "float.tif").pixels[0].numpy(), unit)
+    assert read_picture(tmp_path / "float.tif").bits == 16
+    Image.fromarray(RGB8).save(tmp_path / "lzw.tif", compression="tiff_lzw")
+    np.testing.assert_array_equal(read_array(tmp_path / "lzw.tif")[0], RGB8)
+
+
+@pytest.mark.parametrize("bad", [np.full((4, 4), 1.5, np.float32), np.full((4, 4), -0.1, np.float32),
+                                 np.full((4, 4), np.nan, np.float32), np.zeros((4, 4), np.uint32),
+                                 np.zeros((4, 4), np.int16)])
+def test_tiff_values_without_a_known_scale_are_refused(tmp_path, bad):
+    tifffile.imwrite(tmp_path / "a.tif", bad)
+    with pytest.raises(ImageError, match=r"a\.tif: .*(rescale|save it as)"):
+        read_picture(tmp_path / "a.tif")
+
+
+def test_several_pictures_in_one_file_are_refused_but_not_a_phones_preview(tmp_path):
+    frames = [Image.fromarray(RGB8), Image.fromarray(255 - RGB8)]
+    for name in ("a.tif", "a.webp", "a.png"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        with pytest.raises(ImageError, match="holds 2 pictures"):
+            read_picture(tmp_path / name)
+    frames[0].save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    assert read_picture(tmp_path / "a.jpg").pixels.shape == (3, 13, 17)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg", "bmp", "webp"])
+def test_one_pixel_is_a_picture(tmp_path, suffix, bits):
+    if bits == 16 and suffix not in ("png", "tif"):
+        pytest.skip("8 bits only")
+    write_image(tmp_path / f"a.{suffix}", torch.full((3, 1, 1), 0.5), bits=bits)
+    assert (read_image(tmp_path / f"a.{suffix}") - 0.5).abs().max() < 0.01
+
+
+# ---- the PNG codec ---------------------------------------------------------------------------------------------------
+
+def add_chunk(data, kind, body):
+    "Insert a chunk behind IHDR."
+    return b"".join([data[:33], struct.pack(">I", len(body)), kind, body, struct.pack(">I", zlib.crc32(kind + body)), data[33:]])
+
+
+def filtered_png(array, kinds):
+    "An obvious pixel-by-pixel PNG encoder with a given filter type per row."
+    height, width, channels = array.shape
+    step = channels * array.dtype.itemsize
+    raw = np.frombuffer(array.astype(f">u{array.dtype.itemsize}").tobytes(), np.uint8).reshape(height, -1).astype(int)
+    rows = b""
+    for y in range(height):
+        out = []
+        for i in range(raw.shape[1]):
+            a = raw[y, i - step] if i >= step else 0
+            b = raw[y - 1, i] if y else 0
+            c = raw[y - 1, i - step] if y and i >= step else 0
+            nearest = min((abs(v - (a + b - c)), k) for k, v in enumerate((a, b, c)))[1]
+            out.append((raw[y, i] - [0, a, b, (a + b) // 2, (a, b, c)[nearest]][kinds[y]]) % 256)
+        rows += bytes([kinds[y], *out])
+    head = struct.pack(">IIBBBBB", width, height, 8 * array.dtype.itemsize, (0, 4, 2, 6)[channels - 1], 0, 0, 0)
+    chunk = lambda k, b: struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@settings(deadline=None, max_examples=40)
+@given(height=st.integers(1, 9), width=st.integers(1, 9), channels=st.integers(1, 4), seed=st.integers(0, 99),
+       kinds=st.lists(st.integers(0, 4), min_size=9, max_size=9))
+def test_png_decoder_undoes_every_filter(height, width, channels, seed, kinds):
+    for dtype in (np.uint8, np.uint16):
+        top = np.iinfo(dtype).max + 1
+        array = np.random.default_rng(seed).integers(0, top, (height, width, channels), dtype=dtype)
+        data = filtered_png(array, kinds)
+        np.testing.assert_array_equal(images._png_pixels(data, "a.png", 10**6), array)
+        if dtype == np.uint8:  # Pillow judges the encoder of this test
+            np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))).reshape(array.shape), array)
+
+
+@pytest.mark.parametrize("name", ["chelsea", "camera", "logo"])
+def test_png_decoder_agrees_with_pillow_on_photographs(name):
+    array = getattr(skimage.data, name)()
+    (buffer := io.BytesIO(), Image.fromarray(array).save(buffer, "PNG"))
+    got = images._png_pixels(buffer.getvalue(), "a.png", 10**7)
+    np.testing.assert_array_equal(got, array.reshape(got.shape))
+
+
+@settings(deadline=None, max_examples=25)
+@given(height=st.integers(1, 150), width=st.integers(1, 40), channels=st.integers(1, 4), sixteen=st.booleans())
+def test_png_writer_is_read_by_pillow_and_by_us(height, width, channels, sixteen):
+    array = np.random.default_rng(height).integers(0, 65536 if sixteen else 256, (height, width, channels))
+    array = np.cumsum(array, 0).astype(np.uint16 if sixteen else np.uint8)
+    images._png_write(buffer := io.BytesIO(), array)
+    np.testing.assert_array_equal(images._png_pixels(buffer.getvalue(), "a.png", 10**7), array)
+    seen = np.asarray(Image.open(buffer)).reshape(height, width, -1)
+    seen = seen[..., [0, -1]] if channels == 2 else seen  # Pillow opens 16-bit grey + alpha as RGBA
+    np.testing.assert_array_equal(seen, array >> 8 if sixteen and channels > 1 else array)
+
+
+def test_sixteen_bit_transparent_colour(tmp_path):
+    write_array(tmp_path / "a.png", RGB16)
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(add_chunk(data, b"tRNS", RGB16[1, 2].astype(">u2").tobytes()))
+    array, _ = read_array(tmp_path / "a.png")
+    assert array[1, 2, 3] == 0 and array[0, 0, 3] == 65535 and array.shape[2] == 4
+
+
+@pytest.mark.parametrize("harm", ["no checksum", "wrong checksum", "too many rows", "too few rows", "filter 5"])
+def test_sixteen_bit_png_whose_chunks_are_fine_but_not_its_data(harm):
+    rows = b"".join((b"\5" if harm == "filter 5" else b"\0") + r.astype(">u2").tobytes() for r in RGB16)
+    rows = {"too many rows": rows + rows[:103], "too few rows": rows[103:]}.get(harm, rows)
+    body = zlib.compress(rows)
+    body = {"no checksum": body[:-4], "wrong checksum": body[:-1] + bytes([body[-1] ^ 1])}.get(harm, body)
+    chunk = lambda k, b: struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b))
+    head = struct.pack(">IIBBBBB", 17, 13, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    with pytest.raises(ImageError, match="a.png: "):
+        images._png_pixels(data, "a.png", 10**6)
+
+
+def test_interlaced_sixteen_bit_png_is_refused(tmp_path):
+    write_array(tmp_path / "a.png", RGB16)
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[28] = 1
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(ImageError, match="interlaced PNG of 16 bits.*save it without"):
+        read_picture(tmp_path / "a.png")
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["a.png", "a16.png", "a.jpg", "a.tif", "a16.tif", "a.bmp", "a.webp"])
+@pytest.mark.parametrize("keep", [0, 1, 9, 40, 0.5, 0.9, -5])
+def test_truncated_files_are_refused(tmp_path, name, keep):
+    photo = skimage.data.chelsea()[:60, :80]
+    path = tmp_path / name
+    write_array(path, photo.astype(np.uint16) * 257 if "16" in name else photo)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ImageError) as e:
+            read_picture(path)
+    assert str(path) in str(e.value) and ";" in str(e.value)
+    assert keep != 0 or "zero bytes" in str(e.value)
+
+
+def test_truncated_files_are_refused_even_if_another_package_told_pillow_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    write_array(tmp_path / "a.jpg", skimage.data.chelsea())
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-5000])
+    np.asarray(Image.open(tmp_path / "a.jpg"))  # Pillow accepts it
+    with pytest.raises(ImageError, match="truncated"):
+        read_picture(tmp_path / "a.jpg")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+@pytest.mark.parametrize("sixteen", [False, True])
+def test_every_flipped_byte_of_a_png_is_noticed(tmp_path, sixteen):
+    write_array(tmp_path / "a.png", RGB16[:4, :4] if sixteen else RGB8[:4, :4])
+    data = (tmp_path / "a.png").read_bytes()
+    for i in range(len(data)):
+        (tmp_path / "b.png").write_bytes(data[:i] + bytes([data[i] ^ 16]) + data[i + 1 :])
+        with pytest.raises(ImageError, match=r"b\.png: "):
+            read_picture(tmp_path / "b.png")
+
+
+def test_what_is_no_picture(tmp_path):
+    (tmp_path / "a.png").write_text("hello, I am text")
+    (tmp_path / "b.png").mkdir()
+    for path, words in [("a.png", "not a readable picture"), ("b.png", "is a folder"), ("c.png", "no such file")]:
+        with pytest.raises(ImageError, match=words) as e:
+            read_picture(tmp_path / path)
+        assert str(tmp_path / path) in str(e.value)
+    with pytest.raises(ImageError, match="no such folder"):
+        image_files(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="mode must be"):
+        read_image(tmp_path / "a.png", mode="grey")
+
+
+def test_size_limits_are_ours_and_local(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    write_array(tmp_path / "a.png", RGB8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Pillow's warning would raise
+        assert read_picture(tmp_path / "a.png").pixels.shape == (3, 13, 17)
+    assert Image.MAX_IMAGE_PIXELS == 20
+    write_array(tmp_path / "b.png", RGB16)
+    write_array(tmp_path / "c.tif", RGB16)
+    for name in ("a.png", "b.png", "c.tif"):
+        with pytest.raises(ImageError, match="17x13 pixels exceed the limit of 100; .*max_pixels"):
+            read_picture(tmp_path / name, max_pixels=100)
+
+
+def test_reading_in_threads_restores_pillows_switches(tmp_path, monkeypatch):
+    write_array(tmp_path / "a.jpg", skimage.data.chelsea())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 77)
+    threads = [threading.Thread(target=lambda: [read_array(tmp_path / "a.jpg") for _ in range(8)]) for _ in range(4)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert Image.MAX_IMAGE_PIXELS == 77 and not images._pillow_users
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, channels, bits, words", [
+    ("a.gif", 3, 8, r"cannot write \.gif"), ("a", 3, 8, "without suffix"), ("a.png", 5, 8, "5 channels"),
+    ("a.png", 3, 12, "12 bits"), ("a.jpg", 3, 16, "cannot hold 16 bits"), ("a.webp", 1, 16, "cannot hold 16 bits"),
+    ("a.jpg", 4, 8, "cannot hold alpha"), ("a.bmp", 2, 8, "cannot hold alpha")])
+def test_what_a_format_cannot_hold_is_refused(tmp_path, name, channels, bits, words):
+    with pytest.raises(ImageError, match=words):
+        check_writable(tmp_path / name, channels, bits)
+
+
+@pytest.mark.parametrize("picture, words", [
+    (Picture(torch.zeros(2, 4, 4)), r"shape \(2, 4, 4\)"), (Picture(torch.zeros(4, 4)), r"shape \(4, 4\)"),
+    (Picture(torch.zeros(3, 0, 4)), "shape"), (Picture(torch.zeros(3, 4, 4), torch.zeros(1, 4, 5)), "alpha of shape"),
+    (Picture(torch.full((3, 4, 4), float("nan"))), "16 pixels of channel 0 are NaN"),
+    (Picture(torch.full((1, 4, 4), float("inf"))), "infinite"), (Picture(torch.zeros(3, 4, 4), bits=12), "12 bits")])
+def test_bad_pictures_are_not_written(tmp_path, picture, words):
+    with pytest.raises(ImageError, match=words):
+        write_picture(tmp_path / "a.png", picture)
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_are_clamped_and_rounded(tmp_path):
+    write_image(tmp_path / "a.png", torch.tensor([[[-0.5, 1.5, 0.5, 100.4 / 255]]]))
+    assert read_array(tmp_path / "a.png")[0].ravel().tolist() == [0, 255, 128, 100]
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace", "open", "encode"])
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.jpg"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where, name):
+    write_image(tmp_path / name, torch.zeros(3, 8, 8))
+    before = (tmp_path / name).read_bytes()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "open":
+        monkeypatch.setattr(images, "open", full, raising=False)
+    elif where == "encode":
+        monkeypatch.setattr(images, "_pillow_write", full)
+    else:
+        monkeypatch.setattr(os, where, full)
+    with pytest.raises(ImageError, match="No space left on device.*free space"):
+        write_image(tmp_path / name, torch.ones(3, 8, 8))
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == before
+
+
+def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(images, "_png_write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_image(tmp_path / "a.png", torch.zeros(3, 8, 8), bits=16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_image_files_are_sorted_nested_and_visible(tmp_path):
+    for name in ("b.PNG", "a.jpg", "d/c.tif", "d/.hidden.png", ".git/x.png", "notes.txt", "d/e/f.webp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [str(p.relative_to(tmp_path)) for p in image_files(tmp_path)] == ["a.jpg", "b.PNG", "d/c.tif", "d/e/f.webp"]
+
+
+# ---- colour, levels, padding, symmetries -----------------------------------------------------------------------------
+
+def test_lumas_against_references():
+    photo = skimage.data.astronaut()
+    x = torch.from_numpy(photo.copy()).permute(2, 0, 1).double() / 255
+    want = skimage.color.rgb2ycbcr(photo)[..., 0] / 255
+    assert np.abs(rgb_to_y(x)[0].numpy() - want).max() < 1e-6
+    pillow = np.asarray(Image.fromarray(photo).convert("L")) / 255
+    assert np.abs(rgb_to_gray(x)[0].numpy() - pillow).max() <= 1.01 / 255
+    grey = torch.rand(2, 1, 4, 4, dtype=torch.float64)
+    assert rgb_to_gray(grey) is grey
+    torch.testing.assert_close(rgb_to_y(grey), rgb_to_y(grey.expand(-1, 3, -1, -1)))
+    for f in (rgb_to_gray, rgb_to_y):
+        with pytest.raises(ValueError, match="expected"):
+            f(torch.zeros(1, 4, 8, 8))
+
+
+def test_read_image_modes(tmp_path):
+    write_array(tmp_path / "g.png", RGB8[..., :1])
+    write_array(tmp_path / "c.png", RGB8)
+    assert read_image(tmp_path / "g.png").shape == (3, 13, 17)
+    assert read_image(tmp_path / "g.png", mode="keep").shape == (1, 13, 17)
+    assert read_image(tmp_path / "c.png", mode="gray").shape == (1, 13, 17)
+
+
+def test_quantise():
+    x = torch.tensor([-1, 0.2, 2, 0.5])
+    assert torch.equal(quantise(x) * 255, torch.tensor([0.0, 51, 255, 128]))
+    assert len(quantise(torch.linspace(0, 1, 100), 1).unique()) == 2
+    with pytest.raises(ValueError, match="bits"):
+        quantise(x, 0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(height=st.integers(1, 20), width=st.integers(1, 20), multiple=st.integers(1, 16))
+def test_padding_against_numpy(height, width, multiple):
+    x = torch.arange(height * width).view(1, 1, height, width)
+    y = pad_to_multiple(x, multiple)
+    want = x[0, 0].numpy()
+    for axis in (0, 1):
+        pad = [(0, 0), (0, 0)]
+        pad[axis] = (0, -want.shape[axis] % multiple)
+        want = np.pad(want, pad, mode="reflect" if pad[axis][1] < want.shape[axis] else "edge")
+    np.testing.assert_array_equal(y[0, 0].numpy(), want)
+
+
+def test_padding_refuses_nonsense():
+    for args in ((0,), (2, "zeros")):
+        with pytest.raises(ValueError, match="pad_to_multiple"):
+            pad_to_multiple(torch.zeros(1, 1, 3, 3), *args)
+
+
+def test_dihedral_is_the_group_of_the_square():
+    x = torch.arange(16.0).view(1, 4, 4)
+    all8 = {dihedral(x, k).numpy().tobytes() for k in range(8)}
+    want = {np.rot90(np.fliplr(x[0]) if f else x[0].numpy(), r).copy().tobytes() for f in (0, 1) for r in range(4)}
+    assert all8 == want and len(all8) == 8
+    wide = torch.rand(2, 3, 4, 6)
+    for k in range(8):
+        assert torch.equal(dihedral(dihedral(wide, k), k, inverse=True), wide)
+        square = torch.rand(8, 3, 5, 5)
+        ks = torch.randperm(8)
+        each = dihedral(square, ks)
+        for i in range(8):
+            assert torch.equal(each[i], dihedral(square[i], int(ks[i])))
+        assert torch.equal(dihedral(each, ks, inverse=True), square)
+    for bad in (lambda: dihedral(x, 8), lambda: dihedral(wide, torch.zeros(2, dtype=int)),
+                lambda: dihedral(square, torch.zeros(3, dtype=int))):
+        with pytest.raises(ValueError, match="dihedral"):
+            bad()
+
+
+# ---- tiling ----------------------------------------------------------------------------------------------------------
+
+def conv_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 6, 5, padding=2), nn.Tanh(), nn.Conv2d(6, 3, 3, padding=1)).double()  # radius 3
+
+
+@settings(deadline=None, max_examples=30)
+@given(height=st.integers(1, 90), width=st.integers(1, 90), tile=st.integers(17, 48), overlap=st.integers(6, 16))
+def test_tiled_equals_untiled(height, width, tile, overlap):
+    net, x = conv_net(), torch.rand(2, 2, height, width, dtype=torch.float64)
+    with torch.no_grad():
+        want = net(x)
+    torch.testing.assert_close(tiled(net, x, tile=tile, overlap=overlap, margin=3), want, rtol=0, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(height=st.integers(1, 70), width=st.integers(1, 70), tile=st.integers(12, 40), overlap=st.integers(0, 11),
+       multiple=st.sampled_from([1, 2, 4]), scale=st.integers(1, 3))
+def test_identity_is_exact_at_any_size_and_scale(height, width, tile, overlap, multiple, scale):
+    x = torch.rand(1, 3, height, width)
+    enlarge = lambda t: t.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    if -(-tile // multiple) * multiple - overlap < multiple:
+        return
+    assert torch.equal(tiled(enlarge, x, tile=tile, overlap=overlap, multiple=multiple, scale=scale), enlarge(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.pool, self.mix = nn.AdaptiveAvgPool2d(1), nn.Conv2d(n, n, 1)
+
+    def forward(self, x):
+        return x * self.mix(self.pool(x)).sigmoid()
+
+
+def pooled_net(scale=1):
+    torch.manual_seed(0)
+    shared = Attention(8)  # called twice: calls are counted, not modules
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), shared, nn.Conv2d(8, 8, 3, padding=1), shared,
+                         nn.Conv2d(8, 16, 2, 2), nn.GELU(), Attention(16), nn.Conv2d(16, 12 * scale**2, 3, padding=1),
+                         nn.PixelShuffle(2 * scale)).double()
+
+
+@settings(deadline=None, max_examples=20)
+@given(height=st.integers(1, 80), width=st.integers(1, 80), tile=st.integers(30, 50), scale=st.integers(1, 2))
+def test_global_averages_are_those_of_the_whole_picture(height, width, tile, scale):
+    net, x = pooled_net(scale), torch.rand(2, 3, height, width, dtype=torch.float64)
+    with torch.no_grad():
+        want = net(pad_to_multiple(x, 2))[..., : height * scale, : width * scale]
+    y = tiled(net, x, tile=tile, overlap=14, margin=5, multiple=2, scale=scale)
+    torch.testing.assert_close(y, want, rtol=0, atol=1e-10)
+
+
+def test_statistics_of_tiles_differ_and_hooks_go_away():
+    net, x = pooled_net(), torch.rand(1, 3, 90, 90, dtype=torch.float64)
+    x[..., :45, :] *= 0.2
+    calls = []
+    net[0].register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        want = net(x)
+    a = tiled(net, x, tile=40, overlap=12, margin=5, multiple=2, statistics="tile")
+    passes_one = len(calls) - 1
+    b = tiled(net, x, tile=40, overlap=12, margin=5, multiple=2)
+    assert len(calls) - 1 - passes_one == 4 * passes_one  # three averages: four passes
+    assert (a - want).abs().max() > 1e-4 and (b - want).abs().max() < 1e-10
+    assert not any(m._forward_hooks for m in net.modules() if isinstance(m, nn.AdaptiveAvgPool2d))
+
+    def explode(*_):
+        raise RuntimeError("boom")
+    handle = net[-2].register_forward_hook(explode)
+    with pytest.raises(RuntimeError, match="boom"):
+        tiled(net, x, tile=40, overlap=12, margin=5, multiple=2)
+    handle.remove()
+    assert not any(m._forward_hooks for m in net.modules() if isinstance(m, nn.AdaptiveAvgPool2d))
+
+
+def test_tiled_bounds_what_the_net_sees_and_takes_bytes():
+    seen = []
+    net = lambda t: (seen.append(tuple(t.shape)), t.float() / 255)[1]
+    x = torch.randint(0, 256, (1, 3, 130, 70), dtype=torch.uint8)
+    assert torch.equal(tiled(net, x, tile=32, overlap=8), x.float() / 255)
+    assert set(seen) == {(1, 3, 32, 32)}
+    seen.clear()
+    tiled(net, x, tile=256)
+    assert seen == [(1, 3, 130, 70)]
+
+
+def test_small_pictures_are_one_plain_call_and_take_no_gradient():
+    net = conv_net()
+    y = tiled(net, torch.rand(1, 2, 5, 7, dtype=torch.float64), multiple=8)
+    assert y.shape == (1, 3, 5, 7) and not y.requires_grad
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(tile=0), "tile"), (dict(overlap=-1), "overlap"), (dict(scale=0), "scale"),
+    (dict(statistics="none"), "statistics"),
+    (dict(overlap=9, margin=5), "use overlap >= 10"), (dict(overlap=10, margin=5, multiple=4), "use overlap >= 16"),
+    (dict(tile=16, overlap=16), "use tile >= 17"), (dict(scale=2), "not 2 times as large")])
+def test_tiled_refuses_what_cannot_work(options, words):
+    with pytest.raises(ValueError, match=words):
+        tiled(nn.Identity(), torch.zeros(1, 3, 40, 40), **{"tile": 32, "overlap": 8, **options})
+
+
+def test_tiled_names_other_problems():
+    with pytest.raises(ValueError, match="expected"):
+        tiled(nn.Identity(), torch.zeros(3, 40, 40))
+    with pytest.warns(UserWarning, match="InstanceNorm2d depend on the whole picture"):
+        tiled(nn.InstanceNorm2d(3), torch.rand(1, 3, 80, 80), tile=32, overlap=8)
+    net = nn.Sequential(nn.Conv2d(3, 3, 4, 4), Attention(3), nn.PixelShuffle(1), nn.Upsample(scale_factor=4))
+    with pytest.raises(ValueError, match="total stride as multiple"):
+        tiled(net, torch.rand(1, 3, 80, 80), tile=36, overlap=10, multiple=1)
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+def test_figures_show_what_they_are_given():
+    figure = show(torch.rand(5, 3, 8, 8), [str(i) for i in range(5)], ncols=3)
+    drawn = [ax for ax in figure.axes if ax.images]
+    assert len(drawn) == 5 and drawn[3].get_title() == "3"
+    x = torch.rand(3, 20, 30)
+    figure = show_crops({"a": x, "b": x * 0.5}, (2, 3, 10, 12), reference=x)
+    assert len([ax for ax in figure.axes if ax.images]) == 5
+    assert figure.axes[-1].get_ylabel() == "|error| [1/255]"
+    figure.savefig(io.BytesIO())
+    with pytest.raises(ValueError, match="box"):
+        show_crops({"a": x}, (15, 0, 10, 10))
+    with pytest.raises(ValueError, match="no images"):
+        show([])
+    with pytest.raises(ValueError, match="one image at a time"):
+        show([torch.zeros(2, 4, 4)])
