@@ -425,25 +425,25 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writerows(rows)
     return text.getvalue()
 
-# %% ../nbs/32_pipeline.ipynb #2f4c337f
+# %% ../nbs/32_pipeline.ipynb #d6ece822
 def training_figure(curves: Sequence[Mapping[str, str]],  # rows with run, strategy, step and one column per quantity
-                    names: Mapping[str, str] = {"task_loss": "training task loss", "psnr_seen": "validation PSNR, seen settings (dB)"},  # column -> axis label
+                    names: Mapping[str, str] = {"task_loss": "training task loss", "psnr_seen": "validation PSNR, seen (dB)"},  # column -> axis label
                     ) -> Any:  # Figure
     "Training curves: one panel per quantity, one line per run, one colour per strategy."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 2.8), squeeze=False, layout="constrained")
-    strategies = list(dict.fromkeys(row["strategy"] for row in curves))
+    strategies, runs = (list(dict.fromkeys(row[k] for row in curves)) for k in ("strategy", "run"))
     for ax, (name, label) in zip(axes[0], names.items()):
-        for run in dict.fromkeys(row["run"] for row in curves):
+        for i, run in enumerate(runs):
             rows = [r for r in curves if r["run"] == run and r.get(name)]
             if rows:
-                ax.plot([int(r["step"]) for r in rows], [float(r[name]) for r in rows], color=f"C{strategies.index(rows[0]['strategy'])}",
-                        marker="o" if len(rows) < 12 else None, ms=3, alpha=.8, label=run.split(" ", 1)[1])
+                ax.plot([int(r["step"]) for r in rows], [float(r[name]) for r in rows], ("-", "--", ":", "-.")[i % 4], alpha=.8,
+                        color=f"C{strategies.index(rows[0]['strategy'])}", marker="o" if len(rows) < 12 else None, ms=3, label=run.split(" ", 1)[1])
         ax.set(xlabel="step", ylabel=label)
     axes[0][0].legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../nbs/32_pipeline.ipynb #de414da6
+# %% ../nbs/32_pipeline.ipynb #3ba9bc53
 def _figures(params: Mapping[str, Any], task_name: str, rows: Sequence[Mapping[str, Any]], curve_rows: Sequence[Mapping[str, str]], out: Path) -> None:
     "The generalisation map, the metric against the setting, the gallery, the training curves, and the restored pictures."
     import matplotlib
@@ -453,7 +453,7 @@ def _figures(params: Mapping[str, Any], task_name: str, rows: Sequence[Mapping[s
     settings = {"n": params["evaluation"]["bootstrap"]}
     panels = _panels(params, task_name)
     drawn = {"map": generalisation_map(rows, params["evaluation"]["reference"], **settings), "gallery": gallery(panels),
-             "curves": curves(rows), "training": training_figure(curve_rows)}
+             "curves": curves(rows, xlabel=rows[0]["setting"].rsplit("_", 1)[0].replace("_", " ") + " of the degradation"), "training": training_figure(curve_rows)}
     for name, figure in drawn.items():
         save_figure(figure, out / f"{task_name}_{name}.png")
     save_figure(drawn["map"], out / f"{task_name}_map.svg")

@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
     if "--readme" not in arguments:
         import nbformat
         from nbdev.clean import nbdev_clean
-        from nbdev.export import nbdev_export
+        from nbdev.doclinks import nbdev_export
         nbdev_export()
         for path in notebooks():
             if not arguments or any(word in str(path) for word in arguments):

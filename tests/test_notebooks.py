@@ -25,8 +25,8 @@ def copy(tmp_path_factory):
     for name in ("nbs", "irnb"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     subprocess.run(["git", "init", "-q", "."], cwd=folder, check=True)
-    for module in ("export", "clean"):
-        code = f"from nbdev.{module} import nbdev_{module}; nbdev_{module}()"
+    for module, name in (("doclinks", "export"), ("clean", "clean")):
+        code = f"from nbdev.{module} import nbdev_{name}; nbdev_{name}()"
         subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
     return folder
 
