@@ -443,7 +443,7 @@ def training_figure(curves: Sequence[Mapping[str, str]],  # rows with run, strat
     axes[0][0].legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../nbs/32_pipeline.ipynb #3ba9bc53
+# %% ../nbs/32_pipeline.ipynb #f14becc0
 def _figures(params: Mapping[str, Any], task_name: str, rows: Sequence[Mapping[str, Any]], curve_rows: Sequence[Mapping[str, str]], out: Path) -> None:
     "The generalisation map, the metric against the setting, the gallery, the training curves, and the restored pictures."
     import matplotlib
@@ -455,7 +455,7 @@ def _figures(params: Mapping[str, Any], task_name: str, rows: Sequence[Mapping[s
     drawn = {"map": generalisation_map(rows, params["evaluation"]["reference"], **settings), "gallery": gallery(panels),
              "curves": curves(rows, xlabel=rows[0]["setting"].rsplit("_", 1)[0].replace("_", " ") + " of the degradation"), "training": training_figure(curve_rows)}
     for name, figure in drawn.items():
-        save_figure(figure, out / f"{task_name}_{name}.png")
+        save_figure(figure, out / f"{task_name}_{name}.png", dpi=75 if name == "gallery" else 120)
     save_figure(drawn["map"], out / f"{task_name}_map.svg")
     (out / "restored").mkdir(exist_ok=True)
     for shown in panels:
