@@ -44,12 +44,13 @@ def ratios() -> list[dict]:
             (strategy.net(batch["degraded"]) - batch["clean"]).abs().mean().backward()
 
         whole, plain, waiting = [], [], []
-        for i in range(33):  # interleaved, so that a busy machine slows all three
+        for i in range(83):  # interleaved, so that a busy machine slows all three
             plain.append(timed(bare))
             waiting.append(timed(lambda: loader.batch(i)))
             whole.append(timed(lambda: run.advance(strategy, batch)))
         step, reference, data = (statistics.median(t[3:]) for t in (whole, plain, waiting))
-    return [{"name": "training step / bare forward+backward (NAFNet tiny, 8x3x64x64)", "ours_s": step, "reference_s": reference, "ratio": step / reference,
-             "bound": 1.05, "ok": step / reference <= 1.05},
+        ratio = statistics.median(a / b for a, b in zip(whole[3:], plain[3:]))  # of neighbours in time
+    return [{"name": "training step / bare forward+backward (NAFNet tiny, 8x3x64x64)", "ours_s": step, "reference_s": reference, "ratio": ratio,
+             "bound": 1.05, "ok": ratio <= 1.05},
             {"name": "waiting for data / training step", "ours_s": data, "reference_s": step + data, "ratio": data / (step + data), "bound": .03,
              "ok": data / (step + data) <= .03}]
