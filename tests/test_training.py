@@ -305,3 +305,18 @@ def test_cuda_trains_resumes_and_agrees_with_the_cpu(tmp_path):
                    device="cuda", progress=False)
     for a, b in zip(on_gpu.restorer.parameters(), run().restorer.parameters()):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("largest", [None, 1e-3, 1e3])
+def test_clipping_equals_pytorch(largest):
+    from irnb.training import _clip
+    g = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in ((3, 4), (7,), ())]
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64)
+    ours = [p.grad.clone() for p in parameters]
+    norm = _clip(ours, largest)
+    expected = torch.nn.utils.clip_grad_norm_(parameters, largest or float("inf"))
+    torch.testing.assert_close(norm, expected)
+    for a, p in zip(ours, parameters):
+        torch.testing.assert_close(a, p.grad)

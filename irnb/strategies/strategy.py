@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 # %% auto #0
 __all__ = ['LOSSES', 'mix_seed', 'Strategy', 'l1', 'mse', 'charbonnier', 'psnr_loss', 'Supervised', 'pick_loss', 'pixel_loss',
-           'ToyNet', 'surrogate', 'Frozen', 'ContractError', 'toy_batch', 'contract']
+           'ToyNet', 'surrogate', 'Frozen', 'tensors_of', 'follow_tensors', 'ContractError', 'toy_batch', 'contract']
 
 # %% ../../nbs/strategies/20_strategy.ipynb #67c08742
 def mix_seed(*parts: int,  # integers of any size, such as (seed, step, call)
@@ -199,7 +199,7 @@ def surrogate(value: Tensor,  # scalar to show, such as the task loss
     terms = [((p - p.detach()) * g.detach()).sum() for p, g in zip(parameters, directions, strict=True)]
     return value.detach() + sum(terms[1:], terms[0]) if terms else value.detach()
 
-# %% ../../nbs/strategies/20_strategy.ipynb #6851814d
+# %% ../../nbs/strategies/20_strategy.ipynb #454ea9ae
 class Frozen(nn.Module):
     "A copy of a network without gradients, always in eval mode, that can follow its source by a moving average."
 
@@ -217,18 +217,31 @@ class Frozen(nn.Module):
         with torch.no_grad():
             return self.net(*args, **kwargs)
 
-    @torch.no_grad()
     def follow(self, source: nn.Module,  # same structure as the copy
                decay: float = 0.0,  # 0 copies, 1 keeps
                ) -> None:
         "Move the parameters towards the source's: decay * own + (1 - decay) * source; buffers are copied."
-        own, other = list(self.net.parameters()), list(source.parameters())
-        if decay == 0:
-            torch._foreach_copy_(own, other)
-        else:
-            torch._foreach_lerp_(own, other, 1.0 - decay)
-        for mine, theirs in zip(self.net.buffers(), source.buffers(), strict=True):
-            mine.copy_(theirs)
+        follow_tensors(tensors_of(self.net), tensors_of(source), decay)
+
+
+def tensors_of(module: nn.Module,  # any
+               ) -> tuple[list[Tensor], list[Tensor]]:  # its parameters, its buffers
+    "The tensors that `follow_tensors` takes; walking a module costs more than the update, so a loop lists them once."
+    return list(module.parameters()), list(module.buffers())
+
+
+@torch.no_grad()
+def follow_tensors(own: tuple[list[Tensor], list[Tensor]],  # parameters and buffers of the copy, changed in place
+                   source: tuple[list[Tensor], list[Tensor]],  # those of the module that is followed
+                   decay: float = 0.0,  # 0 copies, 1 keeps
+                   ) -> None:
+    "Parameters: decay * own + (1 - decay) * source; buffers are copied. Raises ValueError if the two do not match."
+    if [len(part) for part in own] != [len(part) for part in source]:
+        raise ValueError(f"the copy has {len(own[0])} parameters and {len(own[1])} buffers, its source {len(source[0])} and {len(source[1])}; copy it anew")
+    if own[0]:
+        torch._foreach_copy_(own[0], source[0]) if decay == 0 else torch._foreach_lerp_(own[0], source[0], 1.0 - decay)
+    for mine, theirs in zip(own[1], source[1]):
+        mine.copy_(theirs)
 
 # %% ../../nbs/strategies/20_strategy.ipynb #4b27c544
 class ContractError(AssertionError):
@@ -360,10 +373,12 @@ def _check_net_untouched(make, make_net, batches) -> None:
     _demand(not any(m.training for f in strategy.modules() if isinstance(f, Frozen) for m in f.modules()), "frozen copies",
             "train() took a frozen copy out of eval mode")
 
-# %% ../../nbs/strategies/20_strategy.ipynb #7000213e
+# %% ../../nbs/strategies/20_strategy.ipynb #e3e7a0a7
 def _check_restorer(make, make_net, batches, options) -> None:
     strategy = make()
+    before = list(strategy.restorer().parameters())
     _loop(strategy, batches[:2])
+    _demand(all(a is b for a, b in zip(before, strategy.restorer().parameters())), "restorer", "its parameters are other tensors after two steps")
     restorer = copy.deepcopy(strategy.restorer()).eval()
     x = torch.rand(2, batches[0]["degraded"].shape[1], 37, 29, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
