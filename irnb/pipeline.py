@@ -78,7 +78,7 @@ def load_params(path: str | Path = "params.yaml",  # the file
             raise ParameterError(f"{path}: run.strategies names {name!r}, but strategies has {sorted(params['strategies'])}")
     return params
 
-# %% ../nbs/32_pipeline.ipynb #75c440c8
+# %% ../nbs/32_pipeline.ipynb #b92e94e3
 def find_class(dotted: str,  # such as "irnb.strategies.Supervised"
                ) -> type:
     "The class of that dotted name; raises ParameterError if it cannot be imported."
@@ -89,8 +89,18 @@ def find_class(dotted: str,  # such as "irnb.strategies.Supervised"
         raise ParameterError(f"cannot import the strategy {dotted!r}: {error}") from error
 
 
+def _filled(value: Any, task_name: str) -> Any:
+    "The options with the task's name for every text '$task', so that one entry serves all tasks."
+    if isinstance(value, Mapping):
+        return {k: _filled(v, task_name) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_filled(v, task_name) for v in value]
+    return task_name if task_name and value == "$task" else value
+
+
 def run_settings(params: Mapping[str, Any],  # from `load_params`
                  strategy: str,  # a name in params["strategies"]
+                 task_name: str = "",  # takes the place of "$task" in the options
                  ) -> dict[str, Any]:  # class (a type), class_name, options, network, batch, crop, config (TrainConfig)
     "The settings of one strategy: its entry over the common sections; everything checked before anything runs."
     from irnb.training import TrainConfig
@@ -99,7 +109,7 @@ def run_settings(params: Mapping[str, Any],  # from `load_params`
     entry = params["strategies"][strategy]
     train = {**params["train"], **(entry.get("train") or {})}
     batch, crop = train.pop("batch", 16), train.pop("crop", 64)
-    return {"class": find_class(entry["class"]), "class_name": entry["class"], "options": dict(entry.get("options") or {}),
+    return {"class": find_class(entry["class"]), "class_name": entry["class"], "options": _filled(dict(entry.get("options") or {}), task_name),
             "network": dict(entry.get("network") or params["network"]), "batch": batch, "crop": crop, "config": TrainConfig.from_dict(train)}
 
 # %% ../nbs/32_pipeline.ipynb #f980770f
@@ -257,7 +267,7 @@ def validation_psnr(folder: str | Path,  # a benchmark
         return {"psnr_seen": sum(row["value"] for row in rows) / len(rows)}
     return validate
 
-# %% ../nbs/32_pipeline.ipynb #5b63dd24
+# %% ../nbs/32_pipeline.ipynb #de568ec2
 def train_run(params: Mapping[str, Any],  # from `load_params`
               task_name: str,  # such as "denoise"
               strategy_name: str,  # a name in params["strategies"]
@@ -269,7 +279,7 @@ def train_run(params: Mapping[str, Any],  # from `load_params`
     from irnb.data import Loader, PatchSet, task
     from irnb.training import processes, train
     prepare(params)
-    settings, the_task = run_settings(params, strategy_name), task(task_name)
+    settings, the_task = run_settings(params, strategy_name, task_name), task(task_name)
     out, folder = Path(out or f"runs/{task_name}/{strategy_name}-{seed}"), Path("build/synthetic", task_name)
     checkpoint = Path("build/checkpoints", f"{task_name}-{strategy_name}-{seed}.pt")
     with processes(params["compute"]["device"]) as (rank, world, device):

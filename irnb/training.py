@@ -204,7 +204,7 @@ class _Window:
         self.sums, self.count = {}, 0
         return out
 
-# %% ../nbs/30_training.ipynb #bd2bac14
+# %% ../nbs/30_training.ipynb #48416a12
 def _parts(batch: Mapping[str, Tensor], count: int) -> Iterator[Mapping[str, Tensor]]:
     "The batch in `count` equal parts."
     size = len(next(iter(batch.values())))
@@ -216,6 +216,8 @@ def _parts(batch: Mapping[str, Tensor], count: int) -> Iterator[Mapping[str, Ten
 
 def _clip(grads: list[Tensor], largest: float | None) -> Tensor:
     "The norm of all gradients together, scaled down to at most `largest` in place; nothing waits for the device."
+    if not grads:  # a step that the strategy skipped
+        return torch.zeros(())
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     if largest is not None:
         torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1.0))

@@ -17,7 +17,7 @@ from irnb import pipeline
 from irnb.pipeline import ParameterError, load_params, main, module_closure, pick_pictures, run_settings
 from tests.notebooks import ROOT
 
-SCALES = [ROOT / "params.yaml", ROOT / "scales" / "smoke.yaml", ROOT / "scales" / "bench.yaml"]
+SCALES = [ROOT / "params.yaml", *sorted((ROOT / "scales").glob("*.yaml"))]
 
 
 def sh(*command, cwd, check=True, **options):
@@ -236,6 +236,25 @@ def test_scales_load_and_name_what_exists(path):
     default = load_params(SCALES[0])
     assert {k: sorted(v) for k, v in params.items() if k in ("corpus", "patches", "benchmark", "run", "evaluation", "compute")} == \
         {k: sorted(v) for k, v in default.items() if k in ("corpus", "patches", "benchmark", "run", "evaluation", "compute")}
+
+
+@pytest.mark.parametrize("path", SCALES, ids=lambda p: p.parent.name + "-" + p.stem)
+def test_every_strategy_can_be_made_for_every_task_of_its_scale(path):
+    "Options are checked by the constructor: a wrong name would otherwise show after hours."
+    from irnb.data import task
+    params = load_params(path)
+    for task_name in params["run"]["tasks"]:
+        for name in params["run"]["strategies"]:
+            settings = run_settings(params, name, task_name)
+            network = {"name": "UNet", "preset": "tiny"} | ({"upscale": task(task_name).scale} if task(task_name).scale > 1 else {})
+            settings["class"](pipeline.initial_network(network, 0), seed=0, **settings["options"])
+
+
+def test_the_task_takes_its_place_in_the_options():
+    params = load_params(ROOT / "scales" / "smoke.yaml")
+    params["strategies"]["dil_sf"]["options"] = {"confounders": "$task", "x": ["$task", {"y": "$task"}], "z": "a $task"}
+    assert run_settings(params, "dil_sf", "deblur")["options"] == {"confounders": "deblur", "x": ["deblur", {"y": "deblur"}], "z": "a $task"}
+    assert run_settings(params, "dil_sf")["options"]["confounders"] == "$task"
 
 
 @pytest.fixture
