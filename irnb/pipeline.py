@@ -21,8 +21,8 @@ from typing import Any
 # %% auto #0
 __all__ = ['SECTIONS', 'ParameterError', 'check_known', 'load_params', 'find_class', 'run_settings', 'photographs',
            'pick_pictures', 'read_corpus', 'synthesize', 'halves', 'imported_modules', 'module_closure', 'sources',
-           'prepare', 'initial_network', 'validation_psnr', 'train_run', 'evaluate_run', 'baselines', 'training_figure',
-           'report', 'show_results', 'main']
+           'prepare', 'scaled', 'initial_network', 'validation_psnr', 'train_run', 'evaluate_run', 'baselines',
+           'training_figure', 'report', 'show_results', 'main']
 
 # %% ../nbs/32_pipeline.ipynb #5b115d95
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -234,12 +234,22 @@ def _write_json(path: Path, value: Any) -> None:
     "Write JSON atomically, the same bytes for the same value."
     _write(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
-# %% ../nbs/32_pipeline.ipynb #d9c3da73
+# %% ../nbs/32_pipeline.ipynb #70fc965e
 def prepare(params: Mapping[str, Any],  # from `load_params`
             ) -> None:
     "Fix the number of threads: the bits of trained weights depend on it."
     import torch
     torch.set_num_threads(int(params["compute"]["threads"]))
+
+
+def scaled(spec: Mapping[str, Any],  # name, preset and options, as for `irnb.networks.build`
+           scale: int,  # of the task
+           ) -> dict[str, Any]:  # with `upscale` where it matters
+    "The network at a task's scale: enlarging ones (EDSR, SwinIR) are told 1 too, for their own default is another."
+    import inspect
+    from irnb import networks
+    enlarges = "upscale" in inspect.signature(getattr(networks, spec["name"], object)).parameters
+    return {**spec, "upscale": scale} if scale > 1 or enlarges else dict(spec)
 
 
 def initial_network(spec: Mapping[str, Any],  # name, preset and options, as for `irnb.networks.build`
@@ -267,7 +277,7 @@ def validation_psnr(folder: str | Path,  # a benchmark
         return {"psnr_seen": sum(row["value"] for row in rows) / len(rows)}
     return validate
 
-# %% ../nbs/32_pipeline.ipynb #de568ec2
+# %% ../nbs/32_pipeline.ipynb #ef73f25a
 def train_run(params: Mapping[str, Any],  # from `load_params`
               task_name: str,  # such as "denoise"
               strategy_name: str,  # a name in params["strategies"]
@@ -283,7 +293,7 @@ def train_run(params: Mapping[str, Any],  # from `load_params`
     out, folder = Path(out or f"runs/{task_name}/{strategy_name}-{seed}"), Path("build/synthetic", task_name)
     checkpoint = Path("build/checkpoints", f"{task_name}-{strategy_name}-{seed}.pt")
     with processes(params["compute"]["device"]) as (rank, world, device):
-        settings["network"] |= {"upscale": the_task.scale} if the_task.scale > 1 else {}
+        settings["network"] = scaled(settings["network"], the_task.scale)
         strategy = settings["class"](initial_network(settings["network"], seed), seed=seed, **settings["options"])
         real = PatchSet.open(folder / "real") if "real" in strategy.needs else None
         loader = Loader(PatchSet.open(folder / "patches"), the_task.train, batch=settings["batch"], crop=settings["crop"], seed=seed,

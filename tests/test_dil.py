@@ -605,8 +605,20 @@ def test_orders_cover_all_confounders_in_turn():
     assert sorted(seen[:4]) == sorted(seen[4:]) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("variant", ["erm_sequential", "sf"])
-def test_all_variants_of_a_seed_see_the_same_noise(variant):
+def test_random_orders_are_drawn_anew_in_every_step_and_are_all_met():
+    s, found = DIL(ToyNet(), variant="sf"), []
+    for step in range(400):
+        s.step = step
+        found.append(tuple(dil._permutation(s)))
+    counts = [found.count(p) for p in permutations(range(4))]
+    assert sum(counts) == 400 and min(counts) > 3 and max(counts) < 40          # 16.7 expected of each
+    assert [tuple(dil._permutation(DIL(ToyNet(), variant="sf", seed=k))) for k in range(12)] != [found[0]] * 12
+    g = torch.Generator().manual_seed(0)
+    drawn = {tuple(find("sf", generator=g).losses) for _ in range(60)}
+    assert len(drawn) == 6
+
+
+def test_all_variants_of_a_seed_see_the_same_noise():
     "Degradations are drawn for the whole batch before it is divided, so erm, sf, pf and ps share their images."
     batch = toy_batch()
     draw = lambda v: dil._batches(DIL(ToyNet(), variant=v), batch, strategy_generator(0, 0, 0))

@@ -250,6 +250,14 @@ def test_every_strategy_can_be_made_for_every_task_of_its_scale(path):
             settings["class"](pipeline.initial_network(network, 0), seed=0, **settings["options"])
 
 
+@pytest.mark.parametrize("name, scale, size", [("EDSR", 1, 16), ("EDSR", 4, 64), ("SwinIR", 1, 16), ("NAFNet", 4, 64), ("NAFNet", 1, 16)])
+def test_a_network_follows_the_scale_of_the_task(name, scale, size):
+    import torch
+    spec = pipeline.scaled({"name": name, "preset": "tiny"}, scale)
+    assert ("upscale" in spec) == (scale > 1 or name != "NAFNet")
+    assert pipeline.initial_network(spec, 0)(torch.rand(1, 3, 16, 16)).shape[-1] == size
+
+
 def test_the_task_takes_its_place_in_the_options():
     params = load_params(ROOT / "scales" / "smoke.yaml")
     params["strategies"]["dil_sf"]["options"] = {"confounders": "$task", "x": ["$task", {"y": "$task"}], "z": "a $task"}

@@ -144,7 +144,7 @@ def count_parameters(
     "Number of parameters of a network, frozen ones too."
     return sum(p.numel() for p in net.parameters())
 
-# %% ../../nbs/networks/10_networks.ipynb #e365ca67
+# %% ../../nbs/networks/10_networks.ipynb #7ac5db7b
 def _is_global_pool(module: nn.Module) -> bool:
     "Whether a module averages its whole input to one pixel."
     return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
@@ -157,18 +157,19 @@ def _spread(net: nn.Module, length: int, multiple: int, channels: int, axis: int
     rows, columns = (slice(n // multiple // 2 * multiple, n // multiple // 2 * multiple + multiple) for n in size)
     x = torch.zeros(1, channels, *size)
     x[..., rows, columns] = float("nan")
-    marked = net(x).isnan()[0].any(0).any(1 - axis).nonzero().flatten()
+    y = net(x)
+    marked = y.isnan()[0].any(0).any(1 - axis).nonzero().flatten() // (y.shape[2 + axis] // length)  # in input pixels, if the network enlarges
     low, high, block = int(marked[0]), int(marked[-1]), (rows, columns)[axis]
     if low == 0 or high == length - 1: return None
     return max(0, block.start - low, high + 1 - block.stop)
 
-# %% ../../nbs/networks/10_networks.ipynb #b289d656
+# %% ../../nbs/networks/10_networks.ipynb #3831fc08
 def receptive_radius(
-    net: nn.Module,  # image to image of the same size; it is copied, not changed
+    net: nn.Module,  # image to image, of the same size or enlarged by a whole factor; it is copied, not changed
     multiple: int | None = None,  # alignment of the tiles in px; default: the network's own `multiple`, else 8
     channels: int = 3,  # input channels
     largest: int = 2048,  # length in px at which to give up
-) -> int:  # px between an aligned block and the farthest output that it can change
+) -> int:  # input px between an aligned block and the farthest output that it can change
     "Exact receptive radius, measured by the spread of NaN, global pools held fixed; `ValueError` if unbounded."
     multiple = multiple or getattr(net, "multiple", 8)
     net = copy.deepcopy(net).to("cpu", torch.float32).eval()
