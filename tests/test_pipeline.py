@@ -62,12 +62,13 @@ def test_repro_ends_with_table_figures_and_pictures(clone):
     assert {p.name for p in results.iterdir()} >= {"table.csv", "summary.md", "metrics.json", "env.json", "denoise_map.png", "denoise_map.svg",
                                                    "denoise_gallery.png", "denoise_curves.png", "denoise_training.png", "training.csv", "settings.csv"}
     from irnb.evaluation import read_table
-    rows = read_table(results / "table.csv")
-    assert {r["strategy"] for r in rows} == {"degraded", "non_local_means", "wavelet", "supervised"}
-    assert len(rows) == (3 + 2) * 2 * 7 * 2  # untrained and two seeds; images; settings; metrics
+    rows, trained = read_table(results / "table.csv"), load_params(ROOT / "scales" / "smoke.yaml")["run"]["strategies"]
+    assert {"supervised", "dil_sf", "dil_ps", "spn_random"} <= set(trained)
+    assert {r["strategy"] for r in rows} == {"degraded", "non_local_means", "wavelet", *trained}
+    assert len(rows) == (3 + 2 * len(trained)) * 2 * 7 * 2  # untrained and two seeds each; images; settings; metrics
     from irnb.images import read_image
     pictures = sorted((results / "restored").glob("*.png"))
-    assert len(pictures) == 4 and all(read_image(p).shape == (3, 64, 64) for p in pictures)
+    assert len(pictures) == 2 * (1 + len(trained)) and all(read_image(p).shape == (3, 64, 64) for p in pictures)
     metrics = json.loads((results / "metrics.json").read_text())
     by_hand = [r["value"] for r in rows if r["strategy"] == "degraded" and r["metric"] == "psnr" and r["seen"]]
     assert abs(metrics["denoise"]["degraded"]["psnr_seen"] - sum(by_hand) / len(by_hand)) < 1e-3
