@@ -7,16 +7,9 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from irnb.networks import EDSR, UpscaleFirst, build, count_parameters, load_model, networks, save_model
 from irnb.networks.edsr import DIV2K_MEAN, EDSRBlock, mean_colour, shuffle_upsampler
+from tests.nets import awake
 
 F64 = torch.float64
-
-
-def awake(net: nn.Module, scale: float = 0.2, seed: int = 0) -> nn.Module:
-    "The network with every parameter random, biases too."
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters(): p.copy_(scale * torch.randn(p.shape, generator=g, dtype=p.dtype))
-    return net
 
 
 def conv_names(pairs):

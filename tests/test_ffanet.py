@@ -7,16 +7,9 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from irnb.networks import FFANet, build, count_parameters, load_model, local_pooling, networks, receptive_radius, save_model
 from irnb.networks.ffanet import HAZE_MEAN, HAZE_STD, ChannelAttention, FFABlock, FFAGroup, PixelAttention
+from tests.nets import awake
 
 F64 = torch.float64
-
-
-def awake(net: nn.Module, scale: float = 0.2, seed: int = 0) -> nn.Module:
-    "The network with every parameter random, biases too."
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters(): p.copy_(scale * torch.randn(p.shape, generator=g, dtype=p.dtype))
-    return net
 
 
 def zeroed(net: nn.Module) -> nn.Module:

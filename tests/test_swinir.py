@@ -11,16 +11,9 @@ from torch import nn
 from irnb.networks import SwinIR, UpscaleFirst, build, count_parameters, load_model, networks, receptive_radius, save_model
 from irnb.networks.swinir import (RSTB, UPSAMPLERS, SwinBlock, WindowAttention, relative_position_index, shift_mask, shift_regions, window_partition,
                                   window_reverse)
+from tests.nets import awake
 
 F64 = torch.float64
-
-
-def awake(net: nn.Module, scale: float = 0.2, seed: int = 0) -> nn.Module:
-    "The network with every parameter random, biases too."
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters(): p.copy_(scale * torch.randn(p.shape, generator=g, dtype=p.dtype))
-    return net
 
 
 def small(**options) -> SwinIR:
