@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['BAYER', 'SHOT', 'READ', 'HYBRID_LEVELS', 'SECOND_STAGE', 'Distribution', 'Uniform', 'LogUniform', 'Squared', 'Choice',
-           'Degradation', 'Identity', 'Compose', 'gaussian_noise', 'GaussianNoise', 'speckle', 'Speckle', 'salt_pepper',
-           'SaltPepper', 'pack_bayer', 'unpack_bayer', 'mosaic', 'demosaic_bilinear', 'Mosaic', 'signal_noise',
-           'raw_noise', 'RawNoise', 'gaussian_blur', 'GaussianBlur', 'camera_noise', 'CameraNoise', 'camera',
-           'ColourNoise', 'convolve', 'KernelBlur', 'line_kernel', 'motion_blur', 'MotionBlur', 'shake_kernel',
-           'CameraShake', 'quantisation_tables', 'jpeg', 'JPEG', 'bicubic', 'Downsample', 'koschmieder', 'random_depth',
-           'Haze', 'rain_streaks', 'Rain', 'rain', 'hybrid_bins', 'Hybrid', 'hybrid_parameters', 'hybrid', 'Stage',
-           'sinc_kernel', 'esrgan_kernels', 'RealESRGAN']
+           'Degradation', 'Identity', 'Compose', 'OneOf', 'gaussian_noise', 'GaussianNoise', 'speckle', 'Speckle',
+           'salt_pepper', 'SaltPepper', 'pack_bayer', 'unpack_bayer', 'mosaic', 'demosaic_bilinear', 'Mosaic',
+           'signal_noise', 'raw_noise', 'RawNoise', 'gaussian_blur', 'GaussianBlur', 'camera_noise', 'CameraNoise',
+           'camera', 'ColourNoise', 'convolve', 'KernelBlur', 'line_kernel', 'motion_blur', 'MotionBlur',
+           'shake_kernel', 'CameraShake', 'quantisation_tables', 'jpeg', 'JPEG', 'bicubic', 'Downsample', 'koschmieder',
+           'random_depth', 'Haze', 'rain_streaks', 'Rain', 'rain', 'hybrid_bins', 'Hybrid', 'hybrid_parameters',
+           'hybrid', 'Stage', 'sinc_kernel', 'esrgan_kernels', 'RealESRGAN']
 
 # %% ../nbs/01_degradations.ipynb #b3337a7b
 import math
@@ -304,6 +304,48 @@ class Compose(Degradation):
         return "+".join(s.name for s in self.steps) or "compose"
 
     def __repr__(self) -> str: return " -> ".join(map(repr, self.steps)) or "Compose()"
+
+# %% ../nbs/01_degradations.ipynb #5997523f
+@dataclass(frozen=True, eq=False, repr=False, init=False)
+class OneOf(Degradation):
+    "A mixture: every sample gets one of several degradations, all equally likely."
+    kinds: tuple[Degradation, ...]  # of one scale, with numbers or distributions as parameters (not one value per sample)
+    _noisy = True
+
+    def __init__(self, *kinds: Degradation) -> None:
+        for kind in kinds:
+            if not isinstance(kind, Degradation):
+                raise ValueError(f"OneOf: every kind must be a Degradation, got {kind!r}")
+        if len({kind.scale for kind in kinds}) != 1:
+            raise ValueError(f"OneOf: needs one or more degradations of one scale, got {[f'{k!r} of scale {k.scale}' for k in kinds]}")
+        object.__setattr__(self, "kinds", tuple(kinds))
+
+    def draw(
+        self,
+        n: int,  # samples
+        *,
+        generator: torch.Generator,
+    ) -> Tensor:  # (n,) integers, on the CPU
+        "Which kind each sample gets."
+        return torch.randint(len(self.kinds), (n,), generator=generator, device=generator.device).cpu()
+
+    def _apply(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        chosen = self.draw(len(x), generator=generator)
+        indices = [(chosen == k).nonzero().flatten().to(x.device) for k in range(len(self.kinds))]
+        parts = [kind(x[i], generator=generator) for kind, i in zip(self.kinds, indices) if len(i)]
+        return torch.cat(parts)[torch.argsort(torch.cat(indices))]
+
+    @property
+    def scale(self) -> int:
+        "That of every kind."
+        return self.kinds[0].scale
+
+    @property
+    def name(self) -> str:
+        "The kinds' names joined by `or`."
+        return "_or_".join(kind.name for kind in self.kinds)
+
+    def __repr__(self) -> str: return f"OneOf({', '.join(map(repr, self.kinds))})"
 
 # %% ../nbs/01_degradations.ipynb #41472010
 def gaussian_noise(

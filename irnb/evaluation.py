@@ -188,11 +188,15 @@ def wavelet(
         return np.moveaxis(denoise_wavelet(image, convert2ycbcr=True, channel_axis=-1, **options), -1, 0)
     return _per_image(denoise, degraded)
 
-# %% ../nbs/31_evaluation.ipynb #73794bb9
+# %% ../nbs/31_evaluation.ipynb #437efce3
 def untrained(
     scale: int = 1,   # upsampling factor of the task; the denoisers are offered for 1 only
+    raw: bool = False,   # the pictures are masked Bayer mosaics: demosaickers instead of denoisers
 ) -> dict[str, Restorer]:
     "The rows that need no training, by the strategy name they carry in the table."
+    if raw:
+        from irnb.demosaic import bilinear, malvar
+        return {"degraded": identity, "bilinear": bilinear, "malvar": malvar}
     if scale != 1: return {"degraded": partial(identity, scale=scale)}
     return {"degraded": identity, "non_local_means": non_local_means, "wavelet": wavelet}
 
@@ -365,7 +369,7 @@ class Differences(NamedTuple):
     seeds: list[int | str]     # S seeds
     images: list[str]          # I images
 
-# %% ../nbs/31_evaluation.ipynb #974ec872
+# %% ../nbs/31_evaluation.ipynb #6258368b
 def _differences(cells: _Cells, strategy: str, reference: str, settings: Sequence[str]) -> Differences:
     "Differences averaged over `settings`, which must share seeds and images."
     grids = []
@@ -387,10 +391,19 @@ def paired_differences(
     *,
     metric: str = "psnr",
     task: str | None = None,             # needed if the table holds several
+    group: Callable[[str], str] | None = None,   # name of a picture's scene; crops of one scene are averaged and count once
 ) -> Differences:
     "Per-image differences, paired by seed and image. Raises `ValueError` that lists missing pairs."
     cells, _ = _select(rows, metric, task)
-    return _differences(cells, strategy, reference, [setting] if isinstance(setting, str) else list(setting))
+    found = _differences(cells, strategy, reference, [setting] if isinstance(setting, str) else list(setting))
+    return found if group is None else _by_group(found, group)
+
+
+def _by_group(found: Differences, group: Callable[[str], str]) -> Differences:
+    "One column per scene: the mean over its crops, which are no independent samples."
+    columns: dict[str, list[int]] = {}
+    for i, image in enumerate(found.images): columns.setdefault(group(image), []).append(i)
+    return Differences(np.stack([found.values[:, i].mean(1) for i in columns.values()], axis=1), found.seeds, list(columns))
 
 # %% ../nbs/31_evaluation.ipynb #b84cfada
 def _multiplicities(draws: int, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -430,7 +443,7 @@ def bootstrap(
     low, high = mean + np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(low), float(high), d.shape[1], d.shape[0])
 
-# %% ../nbs/31_evaluation.ipynb #f4caea10
+# %% ../nbs/31_evaluation.ipynb #6dc74b62
 def paired_bootstrap(
     rows: Iterable[Mapping[str, Any]],   # tidy table
     strategy: str,                       # whose gain
@@ -442,9 +455,10 @@ def paired_bootstrap(
     metric: str = "psnr",
     task: str | None = None,             # needed if the table holds several
     level: float = 0.95,
+    group: Callable[[str], str] | None = None,   # name of a picture's scene: scenes are resampled, not crops
 ) -> Interval:
     "Gain of a strategy over a reference with its interval; with one seed it says nothing about retraining."
-    differences = paired_differences(rows, strategy, reference, setting, metric=metric, task=task)
+    differences = paired_differences(rows, strategy, reference, setting, metric=metric, task=task, group=group)
     return bootstrap(differences.values, n, seed, level)
 
 # %% ../nbs/31_evaluation.ipynb #f91e16ff

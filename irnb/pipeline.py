@@ -19,22 +19,27 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['SECTIONS', 'ParameterError', 'check_known', 'load_params', 'find_class', 'run_settings', 'photographs',
-           'pick_pictures', 'read_corpus', 'synthesize', 'halves', 'imported_modules', 'module_closure', 'sources',
-           'prepare', 'scaled', 'initial_network', 'validation_psnr', 'train_run', 'evaluate_run', 'baselines',
-           'training_figure', 'report', 'show_results', 'main']
+__all__ = ['SECTIONS', 'OPTIONAL', 'UNTRAINED', 'ParameterError', 'check_known', 'load_params', 'arms', 'find_class',
+           'run_settings', 'start_of', 'photographs', 'pick_pictures', 'read_corpus', 'synthesize', 'read_real',
+           'read_pairs', 'halves', 'imported_modules', 'module_closure', 'sources', 'starts', 'prepare', 'scaled',
+           'initial_network', 'validation_psnr', 'open_loader', 'begin_from', 'pretrained_file', 'train_run',
+           'pretrain_run', 'evaluate_run', 'baselines', 'training_figure', 'report', 'label_rows', 'show_results',
+           'main']
 
-# %% ../nbs/32_pipeline.ipynb #5b115d95
+# %% ../nbs/32_pipeline.ipynb #93ad0528
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "corpus": ("directory", "min_side", "train", "validation", "test"),
+    "corpus": ("directory", "min_side", "groups", "train", "validation", "test", "real", "pairs"),
     "patches": ("size", "stride", "per_image"),
     "benchmark": ("crop", "seed"),
-    "run": ("tasks", "strategies", "seeds"),
+    "run": ("tasks", "strategies", "seeds", "more", "pretrain"),
     "network": (),  # name, preset and the constructor's options
     "train": (),  # batch, crop and the fields of TrainConfig
     "evaluation": ("metrics", "bootstrap", "reference", "gallery"),
     "compute": ("device", "threads"),
 }
+OPTIONAL: dict[str, tuple[str, ...]] = {"real": ("directory", "pictures", "groups", "allow_shared"),  # of corpus
+                                        "pairs": ("directory", "degraded", "clean", "pictures")}
+UNTRAINED = ("degraded", "non_local_means", "wavelet", "bilinear", "malvar")  # rows of `irnb.evaluation.untrained`
 
 
 class ParameterError(ValueError):
@@ -54,7 +59,7 @@ def check_known(values: Any,  # what was given, should be a mapping
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ParameterError(f"{where}: unknown parameter {name!r}; {hint}known: {', '.join(sorted(known))}")
 
-# %% ../nbs/32_pipeline.ipynb #15e2f92f
+# %% ../nbs/32_pipeline.ipynb #4cf6a464
 def load_params(path: str | Path = "params.yaml",  # the file
                 ) -> dict[str, Any]:
     "Read the parameters and check names; raises ParameterError with the file, the name and the remedy."
@@ -71,14 +76,35 @@ def load_params(path: str | Path = "params.yaml",  # the file
             raise ParameterError(f"{path}: section {section!r} is missing; scales/smoke.yaml shows all of them")
     for section, names in SECTIONS.items():
         check_known(params[section], names or list(params[section]), f"{path}: {section}")
+    for section, names in OPTIONAL.items():
+        check_known(params["corpus"].get(section) or {}, names, f"{path}: corpus.{section}")
     for name, entry in params["strategies"].items():
-        check_known(entry, ["class", "options", "network", "train"], f"{path}: strategies.{name}")
-    for name in params["run"]["strategies"]:
-        if name not in params["strategies"]:
-            raise ParameterError(f"{path}: run.strategies names {name!r}, but strategies has {sorted(params['strategies'])}")
+        check_known(entry, ["class", "options", "network", "train", "start", "labels"], f"{path}: strategies.{name}")
+    _check_run(params, str(path))
     return params
 
-# %% ../nbs/32_pipeline.ipynb #b92e94e3
+
+def _check_run(params: Mapping[str, Any], path: str) -> None:
+    "Raise ParameterError if the matrix names what does not exist."
+    for part, matrix in (("", params["run"]), (".more", params["run"]["more"]), (".pretrain", params["run"]["pretrain"])):
+        check_known({k: v for k, v in matrix.items() if k not in ("seeds", "more", "pretrain")}, ["tasks", "strategies"], f"{path}: run{part}")
+        for name in matrix["strategies"]:
+            if name in UNTRAINED:
+                raise ParameterError(f"{path}: a strategy may not be called {name!r}, which is a row that needs no training; rename the entry")
+            if name not in params["strategies"]:
+                raise ParameterError(f"{path}: run{part}.strategies names {name!r}, but strategies has {sorted(params['strategies'])}")
+
+
+def arms(params: Mapping[str, Any],  # from `load_params`
+         ) -> dict[str, list[str]]:  # task -> strategies, in the order of params.yaml
+    "What is trained on what: `run.tasks` times `run.strategies`, and `run.more.tasks` times `run.more.strategies`."
+    found: dict[str, list[str]] = {}
+    for matrix in (params["run"], params["run"]["more"]):
+        for task_name in matrix["tasks"]:
+            found.setdefault(task_name, []).extend(s for s in matrix["strategies"] if s not in found.get(task_name, []))
+    return found
+
+# %% ../nbs/32_pipeline.ipynb #7ec766e5
 def find_class(dotted: str,  # such as "irnb.strategies.Supervised"
                ) -> type:
     "The class of that dotted name; raises ParameterError if it cannot be imported."
@@ -101,7 +127,7 @@ def _filled(value: Any, task_name: str) -> Any:
 def run_settings(params: Mapping[str, Any],  # from `load_params`
                  strategy: str,  # a name in params["strategies"]
                  task_name: str = "",  # takes the place of "$task" in the options
-                 ) -> dict[str, Any]:  # class (a type), class_name, options, network, batch, crop, config (TrainConfig)
+                 ) -> dict[str, Any]:  # class (a type), class_name, options, network, batch, crop, config (TrainConfig), start, labels
     "The settings of one strategy: its entry over the common sections; everything checked before anything runs."
     from irnb.training import TrainConfig
     if strategy not in params["strategies"]:
@@ -110,7 +136,24 @@ def run_settings(params: Mapping[str, Any],  # from `load_params`
     train = {**params["train"], **(entry.get("train") or {})}
     batch, crop = train.pop("batch", 16), train.pop("crop", 64)
     return {"class": find_class(entry["class"]), "class_name": entry["class"], "options": _filled(dict(entry.get("options") or {}), task_name),
-            "network": dict(entry.get("network") or params["network"]), "batch": batch, "crop": crop, "config": TrainConfig.from_dict(train)}
+            "network": dict(entry.get("network") or params["network"]), "batch": batch, "crop": crop, "config": TrainConfig.from_dict(train),
+            "start": start_of(params, strategy, task_name) if task_name else None, "labels": entry.get("labels")}
+
+
+def start_of(params: Mapping[str, Any],  # from `load_params`
+             strategy: str,  # a name in params["strategies"]
+             task_name: str,  # of the run
+             ) -> tuple[str, str] | None:  # (task, strategy) of the pre-training whose weights it begins with
+    "The pre-training named by an entry's `start`: a strategy of `run.pretrain`, on the same task or `{strategy: ..., task: ...}`."
+    start = params["strategies"][strategy].get("start")
+    if start is None:
+        return None
+    start = {"strategy": start} if isinstance(start, str) else start
+    check_known(start, ["strategy", "task"], f"strategies.{strategy}.start")
+    found, matrix = (start.get("task", task_name), start.get("strategy")), params["run"]["pretrain"]
+    if found[0] not in matrix["tasks"] or found[1] not in matrix["strategies"]:
+        raise ParameterError(f"strategies.{strategy}.start: {found[1]!r} on {found[0]!r} is not pre-trained; run.pretrain has strategies {matrix['strategies']} on {matrix['tasks']}")
+    return found
 
 # %% ../nbs/32_pipeline.ipynb #f980770f
 def photographs(out: str | Path = "build/photographs",  # folder to make
@@ -132,33 +175,76 @@ def pick_pictures(names: Sequence[str],  # what the corpus has
             raise ParameterError(f"corpus.{part}: {pattern!r} matches no usable picture; " + (f"near: {near}" if near else f"there are {len(names)}, such as {list(names)[:5]}"))
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
-# %% ../nbs/32_pipeline.ipynb #d2c3c018
+# %% ../nbs/32_pipeline.ipynb #5ab639f7
 def read_corpus(params: Mapping[str, Any],  # from `load_params`
                 ) -> dict[str, Any]:  # train, validation, test: each a Corpus
     "The corpus in its three parts, disjoint by content and scene."
     from irnb.data import require_disjoint, scan
+    from irnb.images import image_files
     section = params["corpus"]
-    corpus = scan(section["directory"], min_side=section["min_side"])
-    parts = {part: corpus.subset(pick_pictures(corpus.names, section[part], part)) for part in ("train", "validation", "test")}
+    patterns = {part: section[part] for part in ("train", "validation", "test")}
+    if (root := Path(section["directory"])).is_dir():  # a misspelt pattern is told before thousands of files are decoded
+        files = [name.as_posix() for path in image_files(root) for name in (path.relative_to(root), path.relative_to(root).with_suffix(""))]
+        for part in patterns if files else ():
+            pick_pictures(files, patterns[part], part)
+    corpus = scan(root, min_side=section["min_side"], groups=section.get("groups"), pick=[p for part in patterns.values() for p in part])
+    parts = {part: corpus.subset(pick_pictures(corpus.names, patterns[part], part)) for part in patterns}
     require_disjoint(**parts)
     return parts
 
-# %% ../nbs/32_pipeline.ipynb #8e3dbc83
+# %% ../nbs/32_pipeline.ipynb #aaecbd7f
 def synthesize(params: Mapping[str, Any],  # from `load_params`
                out: str | Path = "build/synthetic",  # folder; one folder per task inside
                ) -> None:
     "Stage: patches and benchmarks of every task."
-    from irnb.data import benchmark, real_pictures, task, write_patches
-    parts, options = read_corpus(params), {k: params["patches"][k] for k in SECTIONS["patches"]}
-    for name in params["run"]["tasks"]:
-        folder, the_task = Path(out, name), task(name)
-        train = parts["train"]
-        if the_task.real is not None:
-            train, unpaired = halves(train)
-            write_patches(real_pictures(unpaired, the_task, seed=params["benchmark"]["seed"]), folder / "real", **options)
+    from irnb.data import benchmark, noisy_pictures, picture_depths, real_pictures, task, write_patches
+    parts, options, settings = read_corpus(params), {k: params["patches"][k] for k in SECTIONS["patches"]}, params["benchmark"]
+    real, pairs = read_real(params, parts), read_pairs(params)
+    for name in dict.fromkeys([*arms(params), *params["run"]["pretrain"]["tasks"]]):
+        folder, the_task, train, unpaired = Path(out, name), task(name), parts["train"], real
+        if real is None and the_task.real is not None:
+            train, simulated = halves(train)
+            unpaired = real_pictures(simulated, the_task, seed=settings["seed"])
+        if unpaired is not None:
+            write_patches(unpaired, folder / "real", **options)
         write_patches(train, folder / "patches", **options)
+        for view in ("noisy", "noisy2") if name in params["run"]["pretrain"]["tasks"] and the_task.scale == 1 else ():
+            noisy = noisy_pictures(train, the_task.train, seed=settings["seed"], view=view)
+            write_patches(noisy, folder / view, **options, dtype="float16")
         for part in ("validation", "test"):
-            benchmark(parts[part], the_task, folder / part, crop=params["benchmark"]["crop"], seed=params["benchmark"]["seed"])
+            benchmark(parts[part], the_task, folder / part, crop=settings["crop"], seed=settings["seed"], depths=picture_depths(parts[part]),
+                      pairs=pairs if part == "test" else None)
+
+
+def read_real(params: Mapping[str, Any],  # from `load_params`
+              parts: Mapping[str, Any],  # from `read_corpus`
+              ) -> Any:  # a Corpus, or None without `corpus.real`
+    "The unpaired degraded pictures of `corpus.real`; raises ParameterError if there are none, ValueError for one that is in `parts` too."
+    from irnb.data import require_unpaired, scan
+    section = params["corpus"].get("real")
+    if not section:
+        return None
+    try:
+        real = scan(section["directory"], min_side=params["patches"]["size"], groups=section.get("groups"), pick=section.get("pictures"))
+    except (ValueError, OSError) as error:
+        raise ParameterError(f"corpus.real: {error} (they must be at least patches.size = {params['patches']['size']} px)") from error
+    if not section.get("allow_shared", False):
+        require_unpaired(real, **parts)
+    return real
+
+
+def read_pairs(params: Mapping[str, Any],  # from `load_params`
+               ) -> dict[str, tuple[Path, Path]]:  # name -> (degraded, clean); empty without `corpus.pairs`
+    "The real test pictures of `corpus.pairs`; raises ParameterError if they are not there."
+    from irnb.data import picture_pairs
+    section = params["corpus"].get("pairs")
+    if not section:
+        return {}
+    options = {k: section[k] for k in ("degraded", "clean") if k in section}
+    try:
+        return picture_pairs(section["directory"], pick=section.get("pictures") or ("*",), **options)
+    except (ValueError, OSError) as error:
+        raise ParameterError(f"corpus.pairs: {error}") from error
 
 # %% ../nbs/32_pipeline.ipynb #50879bdf
 def halves(corpus: Any,  # a Corpus
@@ -208,7 +294,7 @@ def module_closure(modules: Sequence[str],  # dotted names
             waiting += imported_modules(file.read_text(encoding="utf-8"), module, file.name == "__init__.py")
     return closure
 
-# %% ../nbs/32_pipeline.ipynb #bfddded3
+# %% ../nbs/32_pipeline.ipynb #da1ee811
 def sources(params: Mapping[str, Any],  # from `load_params`
             out: str | Path = "build/sources",  # folder; one JSON file per strategy
             ) -> None:
@@ -220,6 +306,20 @@ def sources(params: Mapping[str, Any],  # from `load_params`
         files = module_closure([settings["class"].__module__, network.__module__])
         digest = {module: hashlib.sha256(file.read_bytes()).hexdigest() for module, file in sorted(files.items())}
         _write_json(Path(out, f"{name}.json"), {"class": settings["class_name"], "network": network.__name__, "modules": digest})
+    _write_json(Path(out).parent / "pretrained" / "about.json", {"pretrain": params["run"]["pretrain"]})  # so that the folder exists without any
+
+
+def starts(params: Mapping[str, Any],  # from `load_params`
+           out: str | Path = "build/starts",  # folder; one JSON file per run
+           ) -> None:
+    "Stage: per run the hash of the weights that it starts from, so that a pre-training touches only the runs that use it."
+    for task_name, names in arms(params).items():
+        for name in names:
+            for seed in params["run"]["seeds"]:
+                start = start_of(params, name, task_name)
+                file = start and pretrained_file(*start, seed)
+                value = {"file": file.as_posix(), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file else {}
+                _write_json(Path(out, task_name, f"{name}-{seed}.json"), value)
 
 
 def _write(path: Path, text: str) -> None:
@@ -277,7 +377,56 @@ def validation_psnr(folder: str | Path,  # a benchmark
         return {"psnr_seen": sum(row["value"] for row in rows) / len(rows)}
     return validate
 
-# %% ../nbs/32_pipeline.ipynb #ef73f25a
+# %% ../nbs/32_pipeline.ipynb #37463a65
+def open_loader(folder: Path,  # build/synthetic/<task>
+                the_task: Any,  # its Task
+                settings: Mapping[str, Any],  # from `run_settings`
+                strategy: Any,  # says what it needs
+                seed: int,  # of the run
+                **place: Any,  # device, rank, world
+                ) -> Any:  # a Loader, or a NoisyLoader for a strategy that needs no clean pictures
+    "The training batches of one run; raises ParameterError if a strategy needs pictures that the task has not."
+    from irnb.data import Loader, NoisyLoader, PatchSet, few_pictures
+    if "clean" not in strategy.needs:  # then no clean file is opened
+        if not (folder / "noisy").is_dir():
+            raise ParameterError(f"{settings['class_name']} learns from noisy pictures alone, which are written for the tasks of run.pretrain.tasks of scale 1; add {the_task.name!r} there")
+        second = PatchSet.open(folder / "noisy2") if "degraded2" in strategy.needs else None
+        return NoisyLoader(PatchSet.open(folder / "noisy"), batch=settings["batch"], crop=settings["crop"], seed=seed, second=second, **place)
+    patches, real = PatchSet.open(folder / "patches"), None
+    if settings["labels"] is not None:
+        patches = few_pictures(patches, settings["labels"], seed)
+    if "real" in strategy.needs:
+        if not (folder / "real").is_dir():
+            raise ParameterError(f"{settings['class_name']} needs batch['real'], but task {the_task.name!r} has no target domain; "
+                                 "set corpus.real, or use a task that has one (camera, derain_domains, deblur_domains)")
+        real = PatchSet.open(folder / "real")
+    return Loader(patches, the_task.train, batch=settings["batch"], crop=settings["crop"], seed=seed, real=real, **place)
+
+
+def begin_from(net: Any,  # nn.Module with drawn weights
+               start: tuple[str, str] | None,  # (task, strategy) of a pre-training; None: as drawn
+               seed: int,  # of the run
+               ) -> Any:  # the same module
+    "Load pre-trained weights; raises ParameterError if they are of another network."
+    if start is None:
+        return net
+    from irnb.networks import UpscaleFirst, load_model
+    file = pretrained_file(*start, seed)
+    weights, inner = load_model(file)[0].state_dict(), net.net if isinstance(net, UpscaleFirst) else net
+    try:
+        inner.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ParameterError(f"{file}: does not fit the network of the run that starts from it ({' '.join(str(error).split())[:200]}); "
+                             "give both strategies the same network") from error
+    return net
+
+
+def pretrained_file(task_name: str, strategy_name: str, seed: int,  # of the pre-training
+                    ) -> Path:  # its weights
+    "Where the stage `pretrain` leaves its model."
+    return Path("build/pretrained", task_name, f"{strategy_name}-{seed}", "model.safetensors")
+
+# %% ../nbs/32_pipeline.ipynb #b70c351e
 def train_run(params: Mapping[str, Any],  # from `load_params`
               task_name: str,  # such as "denoise"
               strategy_name: str,  # a name in params["strategies"]
@@ -286,41 +435,50 @@ def train_run(params: Mapping[str, Any],  # from `load_params`
               progress: bool = True,  # progress bar on a terminal
               ) -> Any:  # TrainResult
     "Stage: train one strategy; resumes where a killed run stopped. Raises NonFiniteError, ParameterError."
-    from irnb.data import Loader, PatchSet, task
+    from irnb.data import task
     from irnb.training import processes, train
     prepare(params)
     settings, the_task = run_settings(params, strategy_name, task_name), task(task_name)
     out, folder = Path(out or f"runs/{task_name}/{strategy_name}-{seed}"), Path("build/synthetic", task_name)
-    checkpoint = Path("build/checkpoints", f"{task_name}-{strategy_name}-{seed}.pt")
+    checkpoint = Path("build/checkpoints", f"{'-'.join(out.parts[-3:])}.pt")
     with processes(params["compute"]["device"]) as (rank, world, device):
         settings["network"] = scaled(settings["network"], the_task.scale)
-        strategy = settings["class"](initial_network(settings["network"], seed), seed=seed, **settings["options"])
-        real = PatchSet.open(folder / "real") if "real" in strategy.needs else None
-        loader = Loader(PatchSet.open(folder / "patches"), the_task.train, batch=settings["batch"], crop=settings["crop"], seed=seed,
-                        device=device, real=real, rank=rank, world=world)
+        net = begin_from(initial_network(settings["network"], seed), settings["start"], seed)
+        strategy = settings["class"](net, seed=seed, **settings["options"])
+        loader = open_loader(folder, the_task, settings, strategy, seed, device=device, rank=rank, world=world)
         config = _with_seed(settings["config"], seed)
         log, close = _dvclive(out / "live") if rank == 0 else (None, lambda: None)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        result = train(strategy, loader, config, checkpoint=checkpoint, device=device, on_log=log, progress=progress,
-                       validate=validation_psnr(folder / "validation", the_task), extra=_data_hash(folder, settings))
+        validate = validation_psnr(folder / "validation", the_task) if "clean" in strategy.needs else None
+        result = train(strategy, loader, config, checkpoint=checkpoint, device=device, on_log=log, progress=progress, validate=validate, extra=_data_hash(folder, settings, seed))
         if rank == 0:
             close()
             _finish(out, result, strategy_name, task_name, seed, settings, the_task, device)
             checkpoint.unlink(missing_ok=True)
     return result
 
-# %% ../nbs/32_pipeline.ipynb #355c0927
+
+def pretrain_run(params: Mapping[str, Any],  # from `load_params`
+                 task_name: str, strategy_name: str, seed: int,  # as for `train_run`
+                 ) -> Any:  # TrainResult
+    "Stage: train a strategy whose weights others start from, into build/pretrained."
+    return train_run(params, task_name, strategy_name, seed, out=pretrained_file(task_name, strategy_name, seed).parent)
+
+# %% ../nbs/32_pipeline.ipynb #97c33106
 def _with_seed(config: Any, seed: int) -> Any:
     import dataclasses
     return dataclasses.replace(config, seed=seed)
 
 
-def _data_hash(folder: Path, settings: Mapping[str, Any]) -> str:
-    "What else the weights depend on: the patches' index, batch, crop, network and options."
+def _data_hash(folder: Path, settings: Mapping[str, Any], seed: int) -> str:
+    "What else the weights depend on: the patches' index, batch, crop, network, options and the weights to start from."
     digest = hashlib.sha256()
     for index in sorted(folder.glob("*/index.json")):
         digest.update(index.read_bytes())
-    digest.update(json.dumps([settings["batch"], settings["crop"], settings["network"], settings["options"]], sort_keys=True, default=str).encode())
+    if settings["start"]:
+        digest.update(pretrained_file(*settings["start"], seed).read_bytes())
+    kept = [settings[key] for key in ("batch", "crop", "network", "options", "start", "labels")]
+    digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
@@ -348,7 +506,7 @@ def _finish(out: Path, result: Any, strategy: str, task_name: str, seed: int, se
     save_model(out / "model.safetensors", result.restorer.cpu(), spec)
     _write_json(out / "env.json", environment(device))
 
-# %% ../nbs/32_pipeline.ipynb #0cfa3a0e
+# %% ../nbs/32_pipeline.ipynb #5c6c2810
 def _measure(params: Mapping[str, Any], task_name: str, restorers: Mapping[str, Callable], seed: int | str, out: Path) -> None:
     "A tidy table of restorers on the test benchmark of a task."
     from irnb.data import Benchmark, task
@@ -383,14 +541,14 @@ def baselines(params: Mapping[str, Any],  # from `load_params`
     from irnb.data import task
     from irnb.evaluation import untrained
     prepare(params)
-    _measure(params, task_name, untrained(task(task_name).scale), "-", Path("runs", task_name, "untrained.csv"))
+    _measure(params, task_name, untrained(task(task_name).scale, task(task_name).raw), "-", Path("runs", task_name, "untrained.csv"))
 
-# %% ../nbs/32_pipeline.ipynb #29bdd29d
+# %% ../nbs/32_pipeline.ipynb #6d85e1e7
 def _all_rows(params: Mapping[str, Any], task_name: str) -> list[dict[str, Any]]:
     "The untrained rows, then those of each strategy and seed, in the order of params.yaml."
     from irnb.evaluation import read_table
     run, rows = params["run"], read_table(Path("runs", task_name, "untrained.csv"))
-    for strategy in run["strategies"]:
+    for strategy in arms(params)[task_name]:
         for seed in run["seeds"]:
             rows += read_table(Path("runs", task_name, f"{strategy}-{seed}", "table.csv"))
     return rows
@@ -401,15 +559,15 @@ def _panels(params: Mapping[str, Any], task_name: str) -> list[dict[str, Any]]:
     from irnb.data import Benchmark, task
     from irnb.evaluation import panel, untrained
     from irnb.networks import load_model
-    restorers: dict[str, Callable] = {k: v for k, v in untrained(task(task_name).scale).items() if k != "degraded"}
-    for name in params["run"]["strategies"]:
+    restorers: dict[str, Callable] = {k: v for k, v in untrained(task(task_name).scale, task(task_name).raw).items() if k != "degraded"}
+    for name in arms(params)[task_name]:
         restorers[name], _ = load_model(Path("runs", task_name, f"{name}-{params['run']['seeds'][0]}", "model.safetensors"))
     items, wanted = list(Benchmark.open(Path("build/synthetic", task_name, "test"))), params["evaluation"]["gallery"]
     settings = list(dict.fromkeys(i.setting for i in items if i.seen))[-1:] + list(dict.fromkeys(i.setting for i in items if not i.seen))[-1:]
     chosen = [i for i in items if i.setting in settings and i.image in list(dict.fromkeys(j.image for j in items))[:wanted]]
     return [panel(item, restorers, device="cpu") for item in chosen]
 
-# %% ../nbs/32_pipeline.ipynb #7f2e2c8f
+# %% ../nbs/32_pipeline.ipynb #24b17d9c
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     "Per strategy the means over seen and unseen settings: what `dvc metrics show` prints."
     from irnb.evaluation import summary
@@ -424,7 +582,7 @@ def _curve_rows(params: Mapping[str, Any], task_name: str) -> list[dict[str, str
     "The training curves of a task: one row per run and step, one column per quantity ('' where it was not measured)."
     import csv
     rows: dict[tuple, dict[str, str]] = {}
-    for strategy in params["run"]["strategies"]:
+    for strategy in arms(params)[task_name]:
         for seed in params["run"]["seeds"]:
             run = f"{task_name} {strategy}-{seed}"
             for file in sorted(Path("runs", task_name, f"{strategy}-{seed}", "live", "plots", "metrics").glob("*.tsv")):
@@ -463,7 +621,7 @@ def training_figure(curves: Sequence[Mapping[str, str]],  # rows with run, strat
     axes[0][0].legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../nbs/32_pipeline.ipynb #f14becc0
+# %% ../nbs/32_pipeline.ipynb #b5c5e172
 def _figures(params: Mapping[str, Any], task_name: str, rows: Sequence[Mapping[str, Any]], curve_rows: Sequence[Mapping[str, str]], out: Path) -> None:
     "The generalisation map, the metric against the setting, the gallery, the training curves, and the restored pictures."
     import matplotlib
@@ -479,11 +637,11 @@ def _figures(params: Mapping[str, Any], task_name: str, rows: Sequence[Mapping[s
     save_figure(drawn["map"], out / f"{task_name}_map.svg")
     (out / "restored").mkdir(exist_ok=True)
     for shown in panels:
-        pictures = {"degraded": shown["degraded"], **{k: shown["restored"][k] for k in params["run"]["strategies"]}}
+        pictures = {"degraded": shown["degraded"], **{k: shown["restored"][k] for k in arms(params)[task_name]}}
         for name, picture in pictures.items():
             write_image(out / "restored" / f"{task_name}_{shown['image'].replace('/', '_')}_{shown['setting']}_{name}.png", picture[0].clamp(0, 1))
 
-# %% ../nbs/32_pipeline.ipynb #5d8e77e1
+# %% ../nbs/32_pipeline.ipynb #06e38ca2
 def report(params: Mapping[str, Any],  # from `load_params`
            out: str | Path | None = None,  # default: results/<experiment>
            ) -> None:
@@ -495,18 +653,32 @@ def report(params: Mapping[str, Any],  # from `load_params`
     out, everything, training, metrics, text = Path(out or f"results/{params['experiment']}"), [], [], {}, []
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    for task_name in params["run"]["tasks"]:
+    for task_name in arms(params):
         rows, curve_rows = _all_rows(params, task_name), _curve_rows(params, task_name)
         everything, training = everything + rows, training + curve_rows
         metrics[task_name] = _metrics(rows)
         text += [f"### {task_name}", markdown_table(summary(rows)), _gain_text(rows, params)]
         _figures(params, task_name, rows, curve_rows, out)
     write_table(out / "table.csv", everything)
+    if efficiency := label_rows(params, everything):
+        _write(out / "label_efficiency.csv", _csv(efficiency))
     _write(out / "training.csv", _csv(training))
     _write(out / "settings.csv", _csv(_setting_means(everything)))
     _write_json(out / "metrics.json", metrics)
     _write(out / "summary.md", "\n\n".join(text) + "\n")
     _write_json(out / "env.json", environment() | {"command": "dvc repro", "experiment": params["experiment"]})
+
+
+def label_rows(params: Mapping[str, Any],  # from `load_params`
+               rows: Sequence[Mapping[str, Any]],  # tidy table
+               ) -> list[dict[str, Any]]:  # task, strategy (without the suffix _k<labels>), labelled, seed, psnr in dB
+    "Mean PSNR on seen settings of every run with a limited number of labelled pictures: the points of a label-efficiency curve."
+    labels, values = {name: entry.get("labels") for name, entry in params["strategies"].items()}, {}
+    for row in rows:
+        if row["metric"] == "psnr" and row["seen"] and labels.get(row["strategy"]) is not None:
+            values.setdefault((row["task"], row["strategy"], row["seed"]), []).append(row["value"])
+    return [{"task": task_name, "strategy": name.removesuffix(f"_k{labels[name]}"), "labelled": labels[name], "seed": seed, "psnr": round(sum(v) / len(v), 4)}
+            for (task_name, name, seed), v in values.items()]
 
 
 def _setting_means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -538,7 +710,7 @@ def show_results(params: Mapping[str, Any],  # from `load_params`
     for path in sorted(out.rglob("*.png")):
         print(path)
 
-# %% ../nbs/32_pipeline.ipynb #9e40dd47
+# %% ../nbs/32_pipeline.ipynb #b6df12ac
 def _parser() -> argparse.ArgumentParser:
     from irnb import __version__, restore
     parser = argparse.ArgumentParser(prog="irnb", description="Training strategies that make image restoration networks generalise.")
@@ -546,7 +718,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = (("--task", str), ("--strategy", str), ("--seed", int))
     stages = {"photographs": ("unpack the photographs inside scikit-image", ()), "synthesize": ("write training patches and benchmarks", ()),
-              "sources": ("hash the modules that each strategy runs", ()), "train": ("train one strategy", run), "evaluate": ("measure one trained model", run),
+              "sources": ("hash the modules that each strategy runs", ()), "pretrain": ("train one strategy whose weights others start from", run),
+              "starts": ("hash the weights that each run starts from", ()), "train": ("train one strategy", run), "evaluate": ("measure one trained model", run),
               "baselines": ("measure what needs no training", run[:1]), "report": ("summary, metrics, figures, restored pictures", ()),
               "results": ("print the summary of the last report", ())}
     for name, (text, options) in stages.items():
@@ -567,13 +740,13 @@ def _run(args: argparse.Namespace) -> int:
         photographs()
         return 0
     params = load_params(args.params)
-    simple = {"synthesize": synthesize, "sources": sources, "report": report, "results": show_results}
+    simple = {"synthesize": synthesize, "sources": sources, "starts": starts, "report": report, "results": show_results}
     if args.command in simple:
         simple[args.command](params)
     elif args.command == "baselines":
         baselines(params, args.task)
     else:
-        {"train": train_run, "evaluate": evaluate_run}[args.command](params, args.task, args.strategy, args.seed)
+        {"pretrain": pretrain_run, "train": train_run, "evaluate": evaluate_run}[args.command](params, args.task, args.strategy, args.seed)
     return 0
 
 

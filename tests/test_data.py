@@ -605,6 +605,188 @@ def test_bad_tasks(seen, unseen, message):
         data.Task("t", "T", "", deg.Identity(), seen, unseen)
 
 
+def test_allinone_gives_each_sample_one_kind(patches):
+    "The training mixture: per sample one kind, the batch in order, unlike samples of one seed; reported by kind."
+    task = data.task("allinone")
+    x = torch.rand(12, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    y = task.train(x, generator=torch.Generator().manual_seed(1))
+    kinds = task.train.draw(12, generator=torch.Generator().manual_seed(1))
+    assert len(set(kinds.tolist())) >= 4 and y.shape == x.shape
+    jpeg = [i for i, k in enumerate(kinds) if isinstance(task.train.kinds[k], deg.JPEG)]
+    blur = [i for i, k in enumerate(kinds) if isinstance(task.train.kinds[k], deg.GaussianBlur)]
+    energy = lambda z: (z[..., 1:] - z[..., :-1]).square().mean((1, 2, 3))
+    assert (energy(y)[blur] < .6 * energy(x)[blur]).all() and len(jpeg) + len(blur) >= 2
+    assert [type(d).__name__ for d in task.seen.values()] == [type(d).__name__ for d in task.unseen.values()] == ["GaussianNoise", "GaussianBlur", "Haze", "Rain", "JPEG"]
+
+
+def test_domains_have_a_target_that_is_not_the_source():
+    for name, target in (("derain_domains", deg.Rain), ("deblur_domains", deg.MotionBlur), ("camera", deg.CameraNoise)):
+        task = data.task(name)
+        assert isinstance(task.real, target) and repr(task.real) != repr(task.train) and repr(task.real) in {repr(d) for d in task.unseen.values()}
+
+
+def test_raw_tasks_are_known():
+    assert [t.name for t in data.TASKS.values() if t.raw] == ["jdd"] and not data.task("denoise_raw").raw
+
+
+# ---------------------------------------------------------------- depth and pairs
+
+def test_depth_of_the_motorcycle_follows_its_disparity(corpus):
+    depths = data.picture_depths(corpus)
+    assert list(depths) == ["motorcycle_left"]
+    import skimage.data
+    left, _, disparity = skimage.data.stereo_motorcycle()
+    known = np.isfinite(disparity)
+    far = 994.978 * 193.001 / (disparity[known].astype(float) + 31.086)   # mm
+    assert np.allclose(depths["motorcycle_left"][0].numpy()[known], far / (994.978 * 193.001 / (disparity[known].min() + 31.086)), atol=1e-6)
+    assert (depths["motorcycle_left"][0].numpy()[~known] == 1).all() and depths["motorcycle_left"].shape[-2:] == left.shape[:2]
+
+
+def test_haze_follows_a_known_depth_and_says_so(corpus, tmp_path):
+    chosen = corpus.subset(["chelsea", "motorcycle_left"])
+    depths = data.picture_depths(chosen)
+    bench = data.benchmark(chosen, "dehaze", tmp_path / "b", crop=96, depths=depths)
+    notes = {(e["image"], e["setting"]): e.get("depth") for e in bench.manifest["entries"]}
+    assert {k[0] for k, v in notes.items() if v == "measured"} == {"motorcycle_left"} and sum(v == "measured" for v in notes.values()) == len(bench.settings)
+    shown = next(bench.select(images=["motorcycle_left"], settings=["beta_1.8"]))
+    depth = data.prepare_picture(depths["motorcycle_left"], data.task("dehaze"), 96)
+    t = torch.exp(-1.8 * depth)
+    airlight = ((shown.degraded[0] - shown.clean[0] * t) / (1 - t))
+    assert airlight.std() < 1e-4 and .7 <= airlight.mean() <= 1   # Koschmieder with one airlight, transmission from the measured depth
+    plain = data.benchmark(corpus.subset(["chelsea"]), "dehaze", tmp_path / "c", crop=96)
+    assert all(torch.equal(a.degraded, b.degraded) for a, b in zip(plain, bench.select(images=["chelsea"]), strict=True))
+
+
+def test_own_depth_files(tmp_path):
+    from irnb.images import write_image
+    write_image(tmp_path / "a.png", torch.rand(3, 70, 80))
+    depth = np.linspace(1, 5, 70 * 80, dtype=np.float64).reshape(70, 80)
+    depth[0, :3] = np.nan
+    np.save(tmp_path / "a_depth.npy", depth)
+    got = data.picture_depths(data.scan(tmp_path))["a"]
+    assert got.shape == (1, 70, 80) and got.max() == 1 and (got[0, 0, :3] == 1).all() and abs(float(got[0, 0, 3]) - depth[0, 3] / 5) < 1e-6
+    for bad in (np.ones((70, 79)), -np.ones((70, 80)), np.full((70, 80), np.nan)):
+        np.save(tmp_path / "a_depth.npy", bad)
+        with pytest.raises(ValueError, match="a_depth.npy: needs .70, 80. positive depths"):
+            data.picture_depths(data.scan(tmp_path))
+
+
+@pytest.mark.parametrize("files, options, message", [
+    ({"a_real": 8}, {}, "'a_real' has no ground truth 'a_mean'"), ({"a": 8}, {}, "no picture matches"),
+    ({"a_real": 8, "a_mean": 8}, {"degraded": "*_re*l"}, "one star each"), ({"a_real": 8, "a_mean": 8}, {"pick": ["b*"]}, "no picture matches")])
+def test_bad_pairs(tmp_path, files, options, message):
+    from irnb.images import write_image
+    for name, side in files.items():
+        write_image(tmp_path / f"{name}.png", torch.rand(3, side, side))
+    with pytest.raises(ValueError, match=message):
+        data.picture_pairs(tmp_path, **options)
+
+
+def test_a_pair_has_one_size_and_a_name_of_its_own(corpus, tmp_path):
+    from irnb.images import write_image
+    write_image(tmp_path / "a_real.png", torch.rand(3, 70, 70)), write_image(tmp_path / "a_mean.png", torch.rand(3, 72, 70))
+    with pytest.raises(ValueError, match="a pair must show the same scene at the same size"):
+        data.benchmark(corpus.subset(["coins"]), "denoise", tmp_path / "b", pairs=data.picture_pairs(tmp_path))
+    with pytest.raises(ValueError, match="names of pictures and of pairs must differ"):
+        data.benchmark(corpus.subset(["coins"]), "denoise", tmp_path / "b", pairs={"coins": (tmp_path / "a_real.png",) * 2})
+    assert not (tmp_path / "b").exists()
+
+
+def test_scan_opens_only_what_is_picked(tmp_path, monkeypatch):
+    from irnb.images import write_image
+    for name in ("x_real", "x_mean", "y_real"):
+        write_image(tmp_path / f"{name}.png", torch.rand(3, 70, 70))
+    opened = []
+    monkeypatch.setattr(data, "read_picture", lambda path, read=data.read_picture: (opened.append(path.name), read(path))[1])
+    corpus = data.scan(tmp_path, pick=["*_real"])
+    assert corpus.names == ["x_real", "y_real"] and sorted(opened) == ["x_real.png", "y_real.png"]
+    assert data.scan(tmp_path, pick=["x_real.png"]).names == ["x_real"]
+    with pytest.raises(ValueError, match="'z' matches none of its 3 pictures"):
+        data.scan(tmp_path, pick=["x*", "z"])
+
+
+def test_real_pictures_among_the_pairs_are_refused(tmp_path):
+    import shutil
+    from irnb.images import write_image
+    for folder, name, seed in (("clean", "a", 0), ("clean", "b", 1), ("phone", "c", 2)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        write_image(tmp_path / folder / f"{name}.png", torch.rand(3, 70, 70, generator=torch.Generator().manual_seed(seed)))
+    clean = data.scan(tmp_path / "clean")
+    data.require_unpaired(data.scan(tmp_path / "phone"), train=clean)
+    shutil.copy(tmp_path / "clean" / "b.png", tmp_path / "phone" / "holiday.png")
+    with pytest.raises(ValueError, match="holiday.png: the real picture has the same content as train picture 'b'.*allow_shared"):
+        data.require_unpaired(data.scan(tmp_path / "phone"), train=clean)
+
+
+def test_few_pictures_are_nested_and_follow_the_seed(corpus, tmp_path):
+    import pickle
+    patches = data.PatchSet.write(corpus, tmp_path / "p", size=48, per_image=5)
+    few = [data.few_pictures(patches, k, 3) for k in range(1, len(patches.sources) + 1)]
+    assert [len(f.sources) for f in few] == list(range(1, len(patches.sources) + 1))
+    assert all(set(a.sources) < set(b.sources) for a, b in zip(few, few[1:])) and len({data.few_pictures(patches, 1, s).sources for s in range(20)}) > 2
+    kept = few[1]
+    for i in range(len(kept)):
+        name, place = kept.sources[kept.source[i]], kept.offsets[i]
+        j = next(j for j in range(len(patches)) if patches.sources[patches.source[j]] == name and (patches.offsets[j] == place).all())
+        assert np.array_equal(kept.pixels[i], patches.pixels[j])
+    assert pickle.loads(pickle.dumps(kept)).sources == kept.sources and np.array_equal(pickle.loads(pickle.dumps(kept)).pixels, kept.pixels)
+    for k in (0, len(patches.sources) + 1):
+        with pytest.raises(ValueError, match=f"{k} labelled pictures asked for"):
+            data.few_pictures(patches, k)
+
+
+# ---------------------------------------------------------------- noisy pictures alone
+
+@pytest.fixture(scope="module")
+def noisy(corpus, tmp_path_factory):
+    chosen, law = corpus.subset(["chelsea", "coins", "coffee", "rocket"]), deg.RawNoise()
+    folder = tmp_path_factory.mktemp("noisy")
+    return [data.PatchSet.write(data.noisy_pictures(chosen, law, view=view), folder / view, size=64, per_image=7, dtype="float16") for view in ("noisy", "noisy2")]
+
+
+def test_a_picture_is_made_noisy_once_and_not_clipped(corpus, noisy):
+    from irnb.images import read_image
+    whole = data.degrade_once(read_image(corpus["chelsea"].path), deg.RawNoise(), image="chelsea", setting="noisy")
+    patches = noisy[0]
+    tiles = [i for i in range(len(patches)) if patches.sources[patches.source[i]] == "chelsea"]
+    assert patches.pixels.dtype == np.float16 and len(tiles) == 7
+    for i in tiles:
+        top, left = patches.offsets[i]
+        assert top % 2 == left % 2 == 0 and torch.equal(patches[i], whole[:, top:top + 64, left:left + 64].half().float())
+    assert float(patches.pixels.min()) < 0 and not np.array_equal(noisy[0].pixels, noisy[1].pixels)
+
+
+def test_noisy_batches_come_from_different_pictures_in_phase(noisy):
+    loader = data.NoisyLoader(noisy[0], batch=4, crop=32, seed=3)
+    batch = loader.batch(5)
+    assert set(batch) == {"degraded"} and batch["degraded"].shape == (4, 3, 32, 32) and torch.equal(batch["degraded"], loader.batch(5)["degraded"])
+    assert not torch.equal(batch["degraded"], loader.batch(6)["degraded"])
+    red, green = batch["degraded"][:, 0], batch["degraded"][:, 1]
+    assert (red[:, 1::2] == 0).all() and (red[:, :, 1::2] == 0).all() and (green[:, ::2, ::2] == 0).all()   # RGGB, masked
+    place = lambda crop: next(int(noisy[0].source[i]) for i in range(len(noisy[0])) if (noisy[0][i].unfold(1, 32, 2).unfold(2, 32, 2) == crop[:, None, None]).flatten(3).all(-1).all(0).any())
+    assert sorted(place(crop) for crop in batch["degraded"]) == [0, 1, 2, 3]
+
+
+def test_two_noisy_views_show_the_same_place(noisy):
+    law = data.NoisyLoader(noisy[0], batch=4, crop=32, seed=3, second=noisy[1])
+    batch = law.batch(0)
+    assert set(batch) == {"degraded", "degraded2"} and not torch.equal(*batch.values())
+    assert torch.equal(batch["degraded"], data.NoisyLoader(noisy[0], batch=4, crop=32, seed=3).batch(0)["degraded"])
+    mean = [v.mean((2, 3)) for v in batch.values()]
+    assert (mean[0] - mean[1]).abs().max() < .02   # the same content: noise averages out
+    halves = [data.NoisyLoader(noisy[0], batch=4, crop=32, seed=3, rank=r, world=2).batch(0)["degraded"] for r in (0, 1)]
+    assert torch.equal(torch.cat(halves), batch["degraded"]) and len(list(iter(law))) == len(law) == 7
+
+
+def test_noisy_loader_refuses_what_cannot_work(noisy, corpus, tmp_path):
+    other = data.PatchSet.write(corpus.subset(["chelsea"]), tmp_path / "o", size=64, per_image=3)
+    for options, message in (({"batch": 5}, "batch=5 asks for so many different pictures"), ({"batch": 2, "crop": 65}, "larger than the tiles"), ({"batch": 2, "second": other}, "does not hold the tiles")):
+        with pytest.raises(ValueError, match=message):
+            data.NoisyLoader(noisy[0], **{"crop": 32} | options)
+    with pytest.raises(ValueError, match="dtype='float8'"):
+        data.PatchSet.write(corpus.subset(["chelsea"]), tmp_path / "p", size=64, dtype="float8")
+
+
 # ---------------------------------------------------------------- benchmarks
 
 def contents(path: Path) -> dict[str, bytes]:

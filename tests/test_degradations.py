@@ -645,3 +645,33 @@ def test_bad_calls(call, words):
 def test_a_cpu_generator_gives_the_same_bits_in_double():
     a = GaussianNoise(Choice((5, 10)))(X.double(), generator=gen())
     assert a.dtype == torch.float64 and torch.equal(a, GaussianNoise(Choice((5, 10)))(X.double(), generator=gen()))
+
+
+# ---------------------------------------------------------------- mixtures
+
+def test_one_of_gives_every_sample_its_own_kind():
+    from irnb.degradations import Compose, GaussianBlur, GaussianNoise, Identity, OneOf, Uniform
+    mix = OneOf(Identity(), GaussianBlur(2.0), GaussianNoise(Uniform(20, 50)))
+    x = torch.rand(9, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    y, chosen = mix(x, generator=torch.Generator().manual_seed(5)), mix.draw(9, generator=torch.Generator().manual_seed(5))
+    assert set(chosen.tolist()) == {0, 1, 2}
+    assert torch.equal(y[chosen == 0], x[chosen == 0]) and torch.allclose(y[chosen == 1], GaussianBlur(2.0)(x[chosen == 1]))
+    assert ((y - x)[chosen == 2].flatten(1).std(1) > .03).all()
+    assert torch.equal(y, mix(x, generator=torch.Generator().manual_seed(5))) and not torch.equal(y, mix(x, generator=torch.Generator().manual_seed(6)))
+    assert mix.scale == 1 and mix.stochastic and repr(mix).startswith("OneOf(Identity()") and "_or_" in mix.name
+    assert Compose(mix, GaussianNoise(5))(x, generator=torch.Generator().manual_seed(0)).shape == x.shape
+
+
+def test_one_of_draws_all_kinds_alike():
+    from irnb.degradations import GaussianNoise, Identity, OneOf
+    counts = torch.bincount(OneOf(Identity(), GaussianNoise(5), Identity()).draw(6000, generator=torch.Generator().manual_seed(0)))
+    assert len(counts) == 3 and (counts - 2000).abs().max() < 5 * 36.5   # five standard deviations of a binomial
+
+
+def test_bad_mixtures():
+    from irnb.degradations import Downsample, Identity, OneOf
+    for kinds, message in (((), "needs one or more degradations of one scale"), ((Identity(), Downsample(2)), "of one scale"), ((Identity(), 3), "must be a Degradation, got 3")):
+        with pytest.raises(ValueError, match=message):
+            OneOf(*kinds)
+    with pytest.raises(ValueError, match="generator"):
+        OneOf(Identity())(torch.rand(1, 3, 8, 8))

@@ -700,6 +700,8 @@ def test_counters_and_logs():
 
 # --- confounder sets --------------------------------------------------------------------------------------------------------------
 def test_presets():
+    from irnb.data import TASKS
+    assert set(TASK_SETS) == set(TASKS)   # `confounders: $task` works for every task
     clean = toy_batch(2, 32)["clean"]
     for name, task in TASK_SETS.items():
         b = pick_confounders(name).sample(clean, generator=torch.Generator().manual_seed(0))

@@ -218,6 +218,16 @@ def test_paired_bootstrap_recovers_the_gain_and_ignores_row_order():
     assert ev.paired_bootstrap(rows, "ours", "ours", "sigma_50")[:3] == (0, 0, 0)
 
 
+def test_crops_of_one_scene_count_once():
+    rows = table(gain=0.5, noise=0.3)
+    group = lambda image: "a" if image in ("img0", "img2", "img3") else "b"
+    apart, joined = (ev.paired_differences(rows, "ours", "supervised", "sigma_50", group=g) for g in (None, group))
+    assert joined.images == ["a", "b"] and joined.seeds == apart.seeds
+    assert np.allclose(joined.values, np.stack([apart.values[:, [0, 2, 3]].mean(1), apart.values[:, 1]], 1))
+    got = ev.paired_bootstrap(rows, "ours", "supervised", "sigma_50", group=group)
+    assert got.n_images == 2 and math.isclose(got.mean, joined.values.mean()) and not math.isclose(got.mean, apart.values.mean())
+
+
 def test_a_row_without_seed_pairs_with_every_seed():
     rows = table(gain=0.5)
     d = ev.paired_differences(rows, "ours", "degraded", "sigma_15")
@@ -396,6 +406,7 @@ def test_missing_pywavelets_names_the_remedy(monkeypatch):
 def test_identity_and_the_untrained_rows():
     x = torch.rand(1, 3, 8, 9)
     assert ev.identity(x) is x and list(ev.untrained()) == ["degraded", "non_local_means", "wavelet"]
+    assert list(ev.untrained(raw=True)) == ["degraded", "bilinear", "malvar"] and all(f(x).shape == x.shape for f in ev.untrained(raw=True).values() if x.shape[-1] % 2 == 0)
     up = ev.untrained(4)
     assert list(up) == ["degraded"]
     y = up["degraded"](x)

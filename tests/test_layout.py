@@ -14,7 +14,7 @@ import pytest
 
 from tests.notebooks import ROOT
 
-FLOORS = [{"images"}, {"degradations", "metrics", "networks"}, {"data"}, {"strategies"}, {"training", "evaluation"},
+FLOORS = [{"images"}, {"degradations", "metrics", "networks"}, {"demosaic"}, {"data"}, {"strategies"}, {"training", "evaluation"},
           {"restore", "pipeline", "explorer"}]
 MODULES = sorted(p for p in (ROOT / "irnb").rglob("*.py") if p.name != "_modidx.py" and p.parent != ROOT / "irnb" or p.name not in ("__init__.py", "_modidx.py"))
 # What a user of the library must not inherit from the notebooks and the pipeline.
@@ -97,6 +97,13 @@ def test_lock_pins_every_requirement():
     wanted = project["dependencies"] + [r for group in ("notebooks", "pipeline", "dev") for r in project["optional-dependencies"][group]]
     names = {re.match(r"[A-Za-z0-9_-]+", r)[0].lower().replace("_", "-") for r in wanted} - {"irnb"}
     assert names <= pinned, names - pinned
+
+
+@pytest.mark.parametrize("package", ["irnb.networks", "irnb.strategies"])
+def test_public_names_of_a_package_are_unique(package):
+    "A name that two modules define could not be imported from their package."
+    from irnb.networks import _public_names
+    assert {name: where for name, where in _public_names(package).items() if len(where) > 1} == {}
 
 
 def test_nothing_needs_torchvision():

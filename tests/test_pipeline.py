@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from irnb import pipeline
-from irnb.pipeline import ParameterError, load_params, main, module_closure, pick_pictures, run_settings
+from irnb.pipeline import ParameterError, arms, load_params, main, module_closure, pick_pictures, run_settings
+from irnb.strategies.features import VGGFileError
 from tests.notebooks import ROOT
 
 SCALES = [ROOT / "params.yaml", *sorted((ROOT / "scales").glob("*.yaml"))]
@@ -63,14 +64,17 @@ def test_repro_ends_with_table_figures_and_pictures(clone):
                                                    "denoise_gallery.png", "denoise_curves.png", "denoise_training.png", "training.csv", "settings.csv"}
     from irnb.evaluation import read_table
     rows, trained = read_table(results / "table.csv"), load_params(ROOT / "scales" / "smoke.yaml")["run"]["strategies"]
-    assert {"supervised", "dil_sf", "dil_ps", "spn_random"} <= set(trained)
-    assert {r["strategy"] for r in rows} == {"degraded", "non_local_means", "wavelet", *trained}
-    assert len(rows) == (3 + 2 * len(trained)) * 2 * 7 * 2  # untrained and two seeds each; images; settings; metrics
+    assert {"supervised", "dil_sf", "dil_ps", "spn_random", "constyle", "constyle_l1", "rcl_k2"} <= set(trained)
+    of = lambda name: [r for r in rows if r["task"] == name]
+    assert {r["strategy"] for r in of("denoise")} == {"degraded", "non_local_means", "wavelet", *trained}
+    assert len(of("denoise")) == (3 + 2 * len(trained)) * 2 * 7 * 2  # untrained and two seeds each; images; settings; metrics
+    assert {r["strategy"] for r in of("camera")} == {"degraded", "non_local_means", "wavelet", "supervised", "noise_da"} and len(of("camera")) == (3 + 2 * 2) * 2 * 4 * 2
+    assert (results / "label_efficiency.csv").read_text().splitlines()[0] == "task,strategy,labelled,seed,psnr" and len((results / "label_efficiency.csv").read_text().splitlines()) == 5
     from irnb.images import read_image
     pictures = sorted((results / "restored").glob("*.png"))
-    assert len(pictures) == 2 * (1 + len(trained)) and all(read_image(p).shape == (3, 64, 64) for p in pictures)
+    assert len(pictures) == 2 * (1 + len(trained)) + 2 * (1 + 2) and all(read_image(p).shape == (3, 64, 64) for p in pictures)
     metrics = json.loads((results / "metrics.json").read_text())
-    by_hand = [r["value"] for r in rows if r["strategy"] == "degraded" and r["metric"] == "psnr" and r["seen"]]
+    by_hand = [r["value"] for r in of("denoise") if r["strategy"] == "degraded" and r["metric"] == "psnr" and r["seen"]]
     assert abs(metrics["denoise"]["degraded"]["psnr_seen"] - sum(by_hand) / len(by_hand)) < 1e-3
 
 
@@ -107,7 +111,7 @@ def test_a_killed_training_resumes_to_the_same_bytes(clone, tmp_path):
     arguments = [sys.executable, "-m", "irnb.pipeline", "train", "--task", "denoise", "--strategy", "supervised", "--seed", "0"]
     environment = os.environ | {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
     job = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = tmp_path / "build" / "checkpoints" / "denoise-supervised-0.pt"
+    checkpoint = tmp_path / "build" / "checkpoints" / "runs-denoise-supervised-0.pt"
     while not checkpoint.exists() and job.poll() is None:
         time.sleep(.002)
     os.kill(job.pid, signal.SIGKILL)
@@ -150,7 +154,7 @@ def test_a_new_strategy_is_one_module_and_one_entry(clone):
     (clone / "params.yaml").write_text(yaml.safe_dump(params))
     text, _ = repro(clone)
     ran = [line.split("'")[1] for line in text.splitlines() if line.startswith("Running stage")]
-    assert sorted(ran) == sorted(["sources", "report", *(f"{s}@denoise-brighter-{k}" for s in ("train", "evaluate") for k in (0, 1))])
+    assert sorted(ran) == sorted(["sources", "starts", "report", *(f"{s}@denoise-brighter-{k}" for s in ("train", "evaluate") for k in (0, 1))])
     after = outs(clone)
     assert all(after[k] == v for k, v in before.items() if "supervised" in k or "synthetic" in k)
     rows = (clone / "results/smoke/summary.md").read_text()
@@ -182,8 +186,9 @@ def missing_deps(stage: dict, function: str) -> list[str]:
     return sorted(f for f in files if f not in deps and "irnb" not in deps)
 
 
-STAGES = {"photographs": "photographs", "synthesize": "synthesize", "sources": "sources", "train": "train_run", "evaluate": "evaluate_run",
-          "baselines": "baselines", "report": "report"}
+STAGES = {"photographs": "photographs", "synthesize": "synthesize", "sources": "sources", "pretrain": "pretrain_run", "starts": "starts",
+          "train": "train_run", "train_more": "train_run", "evaluate": "evaluate_run", "evaluate_more": "evaluate_run",
+          "baselines": "baselines", "baselines_more": "baselines", "report": "report"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -228,15 +233,14 @@ def test_scales_load_and_name_what_exists(path):
     from irnb import networks
     from irnb.data import task
     params = load_params(path)
-    for name in params["run"]["tasks"]:
+    for name in [*arms(params), *params["run"]["pretrain"]["tasks"]]:
         task(name)
     for name in params["strategies"]:
         settings = run_settings(params, name)
         networks.build(**settings["network"])
         assert settings["config"].steps > 0 and settings["crop"] <= params["patches"]["size"]
-    default = load_params(SCALES[0])
-    assert {k: sorted(v) for k, v in params.items() if k in ("corpus", "patches", "benchmark", "run", "evaluation", "compute")} == \
-        {k: sorted(v) for k, v in default.items() if k in ("corpus", "patches", "benchmark", "run", "evaluation", "compute")}
+    form = lambda values: {k: sorted(set(v) - {"real", "pairs", "groups"}) for k, v in values.items() if k in ("corpus", "patches", "benchmark", "run", "evaluation", "compute")}
+    assert form(params) == form(load_params(SCALES[0]))
 
 
 @pytest.mark.parametrize("path", SCALES, ids=lambda p: p.parent.name + "-" + p.stem)
@@ -244,11 +248,16 @@ def test_every_strategy_can_be_made_for_every_task_of_its_scale(path):
     "Options are checked by the constructor: a wrong name would otherwise show after hours."
     from irnb.data import task
     params = load_params(path)
-    for task_name in params["run"]["tasks"]:
-        for name in params["run"]["strategies"]:
+    pretrained = {name: params["run"]["pretrain"]["strategies"] for name in params["run"]["pretrain"]["tasks"]}
+    for task_name, names in [*arms(params).items(), *pretrained.items()]:
+        for name in names:
             settings = run_settings(params, name, task_name)
-            network = {"name": "UNet", "preset": "tiny"} | ({"upscale": task(task_name).scale} if task(task_name).scale > 1 else {})
-            settings["class"](pipeline.initial_network(network, 0), seed=0, **settings["options"])
+            own = {"name": settings["network"]["name"], "preset": "tiny"} if "network" in params["strategies"][name] else {"name": "UNet", "preset": "tiny"}
+            network = own | ({"upscale": task(task_name).scale} if task(task_name).scale > 1 else {})
+            try:
+                settings["class"](pipeline.initial_network(network, 0), seed=0, **settings["options"])
+            except VGGFileError:  # the user's own file, which is not here; the bench scale says where to put it
+                assert path.stem == "bench" and name in ("spn", "spn_n1", "cr")
 
 
 @pytest.mark.parametrize("name, scale, size", [("EDSR", 1, 16), ("EDSR", 4, 64), ("SwinIR", 1, 16), ("NAFNet", 4, 64), ("NAFNet", 1, 16)])
@@ -373,6 +382,206 @@ def test_unpaired_task_gets_real_patches_from_other_scenes(here):
     assert main(["synthesize"]) == 0
     pairs, real = (PatchSet.open(here / "build/synthetic/camera" / name) for name in ("patches", "real"))
     assert not set(pairs.sources) & set(real.sources) and len(pairs.sources) == len(real.sources) == 2
+
+
+def real_folder(here, **real):
+    "A corpus of four training pictures, and a folder of noisy pictures with their ground truth beside them."
+    for i in range(4):
+        picture(here / "mine" / "train" / f"{i}.png", seed=i)
+    picture(here / "mine" / "val" / "v.png", seed=8), picture(here / "mine" / "test" / "t.png", seed=9)
+    for i in range(3):
+        picture(here / "phone" / f"scene{i}_real.png", seed=20 + i), picture(here / "phone" / f"scene{i}_mean.png", seed=30 + i)
+    corpus_params(here, real={"directory": "phone", "pictures": ["scene[01]_real"]} | real)
+
+
+def test_real_pictures_come_from_their_own_folder_and_their_ground_truth_is_not_opened(here, monkeypatch):
+    from irnb import data
+    real_folder(here)
+    opened = []
+    monkeypatch.setattr(data, "read_picture", lambda path, read=data.read_picture: (opened.append(Path(path).name), read(path))[1])
+    monkeypatch.setattr(data, "read_image", lambda path, read=data.read_image, **o: (opened.append(Path(path).name), read(path, **o))[1])
+    monkeypatch.setattr(data, "_sha256", lambda path, read=data._sha256: (opened.append(Path(path).name), read(path))[1])
+    assert main(["synthesize"]) == 0
+    assert {"scene0_real.png", "scene1_real.png"} <= set(opened) and not {n for n in opened if "mean" in n or "scene2" in n}
+    pairs, real = (data.PatchSet.open(here / "build/synthetic/denoise" / name) for name in ("patches", "real"))
+    assert real.sources == ("scene0_real", "scene1_real") and len(pairs.sources) == 4
+
+
+@pytest.mark.parametrize("prepare, real, words", [
+    (lambda here: None, {"directory": "nowhere"}, "corpus.real: nowhere: is not a folder"),
+    (lambda here: (here / "void").mkdir(), {"directory": "void", "pictures": None}, "corpus.real: void: no usable picture"),
+    (lambda here: None, {"pictures": ["*_fake"]}, r"corpus.real: phone: '\*_fake' matches none of its 6 pictures"),
+    (lambda here: picture(here / "small" / "a.png", (40, 40)), {"directory": "small", "pictures": None}, "corpus.real.*(at least|smaller)"),
+    (lambda here: shutil.copy(here / "mine/train/2.png", here / "phone/scene7_real.png"), {"pictures": ["*_real"]}, "same content as train picture 'train/2'.*allow_shared"),
+    (lambda here: None, {"pictrues": ["*"]}, "corpus.real: unknown parameter 'pictrues'")],
+    ids=["missing", "empty", "pattern", "smaller than the patch", "shared", "misspelt"])
+def test_bad_real_folders_are_refused(here, capsys, prepare, real, words):
+    import re
+    real_folder(here, **real)
+    prepare(here)
+    assert main(["synthesize"]) == 1
+    assert re.search(words, capsys.readouterr().err.replace("\n", " "))
+    assert not list(here.glob("build/synthetic/denoise/*/index.json"))
+
+
+def test_shared_real_pictures_can_be_allowed(here):
+    real_folder(here, pictures=["*_real"], allow_shared=True)
+    shutil.copy(here / "mine/train/2.png", here / "phone/scene7_real.png")
+    assert main(["synthesize"]) == 0
+
+
+def test_pairs_of_files_become_the_unseen_setting_real(here):
+    import torch
+    from irnb.data import Benchmark
+    from irnb.images import read_image
+    real_folder(here)
+    change(here / "params.yaml", corpus=load_params(here / "params.yaml")["corpus"] | {"pairs": {"directory": "phone", "pictures": ["scene[02]"]}}, benchmark={"crop": None, "seed": 0})
+    assert main(["synthesize"]) == 0
+    bench = Benchmark.open(here / "build/synthetic/denoise/test", verify=True)
+    assert bench.settings["real"] is False and "real" not in Benchmark.open(here / "build/synthetic/denoise/validation").settings
+    shown = list(bench.select(settings=["real"]))
+    assert [e.image for e in shown] == ["scene0", "scene2"]
+    assert torch.equal(shown[1].degraded[0], read_image(here / "phone/scene2_real.png")) and torch.equal(shown[1].clean[0], read_image(here / "phone/scene2_mean.png"))
+    assert len(list(bench)) == 7 + 2
+
+
+@pytest.mark.parametrize("pairs, words", [({"directory": "phone", "clean": "*_truth"}, "has no ground truth 'scene0_truth'"), ({"directory": "phone", "degraded": "real"}, "one star each"),
+                                          ({"directory": "phone", "pictures": ["z*"]}, "no picture matches"), ({"directory": "nowhere"}, "is not a folder")])
+def test_bad_pairs_are_refused(here, capsys, pairs, words):
+    real_folder(here)
+    change(here / "params.yaml", corpus=load_params(here / "params.yaml")["corpus"] | {"pairs": pairs})
+    assert main(["synthesize"]) == 1
+    error = capsys.readouterr().err
+    assert "corpus.pairs" in error and words in error
+
+
+def test_a_strategy_that_needs_real_pictures_says_so_on_a_task_without(here):
+    import types
+    from irnb.data import task
+    for i, part in enumerate(("train", "val", "test")):
+        picture(here / "mine" / part / f"{i}.png", seed=i)
+    corpus_params(here)
+    assert main(["synthesize"]) == 0
+    settings = run_settings(load_params(here / "params.yaml"), "supervised", "denoise")
+    with pytest.raises(ParameterError, match="irnb.strategies.Supervised needs batch..real.., but task 'denoise' has no target domain"):
+        pipeline.open_loader(here / "build/synthetic/denoise", task("denoise"), settings, types.SimpleNamespace(needs=("degraded", "clean", "real")), 0)
+
+
+# ---------------------------------------------------------------- a second matrix, pre-training, few labels
+
+def test_arms_are_the_two_matrices():
+    params = load_params(ROOT / "scales" / "smoke.yaml")
+    params["run"] |= {"tasks": ["denoise", "deblur"], "strategies": ["a", "b"], "more": {"tasks": ["camera", "deblur"], "strategies": ["b", "c"]}}
+    assert arms(params) == {"denoise": ["a", "b"], "deblur": ["a", "b", "c"], "camera": ["b", "c"]}
+
+
+@pytest.mark.parametrize("part", ["more", "pretrain"])
+def test_a_second_matrix_names_what_exists(here, capsys, part):
+    change(here / "params.yaml", **{f"run__{part}": {"tasks": ["denoise"], "strategies": ["dill"]}})
+    assert main(["report"]) == 1 and f"run.{part}.strategies names 'dill'" in capsys.readouterr().err
+
+
+def test_a_strategy_is_not_called_like_an_untrained_row(here, capsys):
+    from irnb.evaluation import untrained
+    assert set(pipeline.UNTRAINED) == {*untrained(), *untrained(4), *untrained(raw=True)}
+    params = load_params(here / "params.yaml")
+    change(here / "params.yaml", strategies=params["strategies"] | {"degraded": params["strategies"]["supervised"]}, run__strategies=["supervised", "degraded"])
+    assert main(["report"]) == 1 and "may not be called 'degraded'" in capsys.readouterr().err
+
+
+def with_pretraining(here, **entry):
+    "Smoke pictures, a short pre-training and a run that starts from it."
+    for i, part in enumerate(("train", "train", "train", "val", "test")):
+        picture(here / "mine" / part / f"{i}.png", seed=i)
+    corpus_params(here)
+    params = yaml.safe_load((here / "params.yaml").read_text())
+    short = {"steps": 4, "warmup": 0, "log_every": 2, "validate_every": 0, "checkpoint_every": 2, "ema": 0}
+    params["train"] |= short
+    params["strategies"] |= {"before": {"class": "irnb.strategies.Supervised"}, "after": {"class": "irnb.strategies.Supervised", "start": "before", "train": {"lr": 1e-12, "final_lr": 1e-12}, **entry}}
+    params["run"] |= {"tasks": ["denoise"], "strategies": ["after"], "seeds": [0], "pretrain": {"tasks": ["denoise"], "strategies": ["before"]}}
+    (here / "params.yaml").write_text(yaml.safe_dump(params))
+    assert main(["synthesize"]) == 0 and main(["sources"]) == 0
+
+
+RUN = ["--task", "denoise", "--seed", "0", "--strategy"]
+
+
+def test_a_run_starts_from_pretrained_weights(here):
+    import torch
+    from irnb.networks import load_model
+    with_pretraining(here)
+    assert main(["pretrain", *RUN, "before"]) == 0 and main(["starts"]) == 0 and main(["train", *RUN, "after"]) == 0
+    before, after = (load_model(f)[0].state_dict() for f in ("build/pretrained/denoise/before-0/model.safetensors", "runs/denoise/after-0/model.safetensors"))
+    fresh = pipeline.initial_network(load_params()["network"], 0).state_dict()
+    assert all(torch.allclose(before[k], after[k], atol=1e-7) for k in before) and any(not torch.allclose(before[k], fresh[k], atol=1e-5) for k in before)
+    noted = json.loads((here / "build/starts/denoise/after-0.json").read_text())
+    import hashlib
+    assert noted == {"file": "build/pretrained/denoise/before-0/model.safetensors", "sha256": hashlib.sha256(Path("build/pretrained/denoise/before-0/model.safetensors").read_bytes()).hexdigest()}
+
+
+def test_pretrained_weights_of_another_network_are_refused(here, capsys):
+    with_pretraining(here, network={"name": "UNet", "preset": "tiny"})
+    assert main(["pretrain", *RUN, "before"]) == 0
+    assert main(["train", *RUN, "after"]) == 1 and "does not fit the network of the run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("start, words", [("nothing", "'nothing' on 'denoise' is not pre-trained"), ({"strategy": "before", "task": "sr4"}, "'before' on 'sr4' is not pre-trained"),
+                                          ({"strategi": "before"}, "did you mean 'strategy'")])
+def test_wrong_starts_are_refused(here, capsys, start, words):
+    with_pretraining(here, start=start)
+    assert main(["train", *RUN, "after"]) == 1 and words in capsys.readouterr().err
+
+
+def test_pretrained_weights_go_into_the_network_below_an_enlargement(here):
+    import torch
+    from irnb.networks import load_model
+    with_pretraining(here, start={"strategy": "before", "task": "denoise"})
+    assert main(["pretrain", *RUN, "before"]) == 0
+    net = pipeline.begin_from(pipeline.initial_network({**load_params()["network"], "upscale": 4}, 0), ("denoise", "before"), 0)
+    weights = load_model("build/pretrained/denoise/before-0/model.safetensors")[0].state_dict()
+    assert all(torch.equal(net.net.state_dict()[k], v) for k, v in weights.items())
+
+
+def test_pretraining_from_noisy_pictures_opens_no_clean_file(here, monkeypatch):
+    "RCL's promise, at the level of files: neither patches of clean pictures nor the validation pictures are read."
+    from irnb import data
+    with_pretraining(here)
+    params = yaml.safe_load((here / "params.yaml").read_text())
+    params["strategies"]["before"] = {"class": "irnb.strategies.RCL", "train": {"batch": 3, "crop": 48, "validate_every": 2}}
+    (here / "params.yaml").write_text(yaml.safe_dump(params))
+    opened = []
+    monkeypatch.setattr(data, "_load_npy", lambda path, *a, read=data._load_npy, **k: (opened.append(str(path)), read(path, *a, **k))[1])
+    monkeypatch.setattr(data, "read_image", lambda *a, **k: pytest.fail("a picture was read"))
+    assert main(["pretrain", *RUN, "before"]) == 0
+    assert opened == ["build/synthetic/denoise/noisy/patches.npy"]
+
+
+def test_a_strategy_without_clean_pictures_needs_a_pretraining_task(here, capsys):
+    with_pretraining(here)
+    params = yaml.safe_load((here / "params.yaml").read_text())
+    params["strategies"]["before"] = {"class": "irnb.strategies.RCL"}
+    shutil.rmtree(here / "build/synthetic/denoise/noisy")
+    (here / "params.yaml").write_text(yaml.safe_dump(params))
+    assert main(["pretrain", *RUN, "before"]) == 1 and "learns from noisy pictures alone" in capsys.readouterr().err
+
+
+def test_label_rows_are_means_over_seen_settings():
+    params = {"strategies": {"rcl_k4": {"labels": 4}, "rcl": {}}}
+    row = lambda **k: {"task": "t", "strategy": "rcl_k4", "seed": 1, "metric": "psnr", "seen": True, "value": 30.0} | k
+    rows = [row(), row(value=32.0), row(seen=False, value=0.0), row(metric="ssim", value=.9), row(strategy="rcl"), row(seed=2, value=29.0)]
+    assert pipeline.label_rows(params, rows) == [{"task": "t", "strategy": "rcl", "labelled": 4, "seed": 1, "psnr": 31.0}, {"task": "t", "strategy": "rcl", "labelled": 4, "seed": 2, "psnr": 29.0}]
+
+
+def test_labels_limit_the_training_pictures(here, capsys):
+    from irnb.data import task
+    with_pretraining(here, labels=2)
+    params = load_params()
+    strategy = run_settings(params, "before")["class"](pipeline.initial_network(params["network"], 0))
+    chosen = [pipeline.open_loader(here / "build/synthetic/denoise", task("denoise"), run_settings(params, "after", "denoise") | {"labels": k}, strategy, 5).patches for k in (1, 2, None)]
+    assert [len(p.sources) for p in chosen] == [1, 2, 3] and set(chosen[0].sources) < set(chosen[1].sources)
+    change(here / "params.yaml", strategies=params["strategies"] | {"after": params["strategies"]["after"] | {"labels": 9}})
+    assert main(["pretrain", *RUN, "before"]) == 0
+    assert main(["train", *RUN, "after"]) == 1 and "9 labelled pictures asked for, it has 3" in capsys.readouterr().err
 
 
 def test_damaged_model_and_benchmark(here, capsys):

@@ -287,52 +287,43 @@ def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
                          "write it with irnb.networks.save_model")
     return spec, tensors
 
-# %% ../../nbs/networks/10_networks.ipynb #27fd89c3
-def _spec_from_weights(tensors: dict[str, Tensor], path: Path) -> dict:
-    "The spec of the first network class that recognises a state dict."
-    reasons = []
-    for name in networks():
-        infer = getattr(_lookup(_PACKAGE, name), "options_from_state_dict", None)
-        if infer is None: continue
-        try: return {"network": {"name": name, "options": infer(tensors)}, "source": path.name}
-        except ValueError as error: reasons.append(str(error))
-    raise ModelError(f"{path}: weights of an unknown network ({'; '.join(reasons)}); "
-                     "build the network yourself and write it with irnb.networks.save_model")
+# %% ../../nbs/networks/10_networks.ipynb #46ab0be4
+def _from_checkpoint(path: Path) -> tuple[nn.Module, dict]:
+    "The network that a public checkpoint was made for, with its weights, and the spec that was inferred."
+    from irnb.networks.checkpoints import CheckpointError, guess_network, load_weights, read_sections
+    try:
+        guesses = (guess_network(section) for section in read_sections(path).values())
+        name, options = next((guess for guess in guesses if guess), (None, {}))
+        if name is None:
+            raise CheckpointError(f"{path}: weights of an unknown network; known: {', '.join(networks())}: build yours yourself and write it with irnb.networks.save_model")
+        with torch.random.fork_rng(devices=[]): net = build(name, **options)
+        load_weights(net, path)
+    except CheckpointError as error: raise ModelError(str(error)) from error
+    if problem := _mismatch(net, net.state_dict()): raise ModelError(f"{path}: {problem}; copy it again")
+    return net, {"network": {"name": name, "options": options}, "source": path.name}
 
-# %% ../../nbs/networks/10_networks.ipynb #5f24ef26
-def _read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    "Inferred spec and weights of a public PyTorch checkpoint; pickled code is refused unrun."
-    try: content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(f"{path}: refused, it holds pickled code or objects besides tensors; "
-                         "get the model as safetensors, or a checkpoint of plain tensors") from error
-    except Exception as error:                           # a damaged archive fails in many ways inside torch.load
-        raise ModelError(f"{path}: truncated or damaged ({str(error).splitlines()[0][:120]}); copy it again") from error
-    tensors = content.get("params", content) if isinstance(content, dict) else content
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(v, Tensor) for v in tensors.values()):
-        raise ModelError(f"{path}: no named weights inside, got {type(tensors).__name__}; "
-                         "it needs a state dict, bare or under the key 'params'")
-    return _spec_from_weights(tensors, path), tensors
-
-# %% ../../nbs/networks/10_networks.ipynb #d08273e1
-def _read_model(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    "Spec and weights of a model file, told apart by its first bytes."
+# %% ../../nbs/networks/10_networks.ipynb #adbe1915
+def _is_pickle(path: Path) -> bool:
+    "Whether a file is a checkpoint of PyTorch rather than a safetensors file, by its first bytes."
     try:
         with open(path, "rb") as file: head = file.read(9)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); check the path of the model file") from error
-    if head[8:] == b"{": return _read_safetensors(path)
-    if head[:2] == b"PK" or head[:1] == b"\x80": return _read_checkpoint(path)
+    if head[8:] == b"{": return False
+    if head[:2] == b"PK" or head[:1] == b"\x80": return True
     raise ModelError(f"{path}: not a model file, it begins with {head[:8]!r}; "
                      "it needs a safetensors file of irnb or a checkpoint of PyTorch")
 
-# %% ../../nbs/networks/10_networks.ipynb #b0c32db6
+# %% ../../nbs/networks/10_networks.ipynb #5a710a6a
 def load_model(
-    path: str | os.PathLike,  # written by `save_model`, or a public *.pth checkpoint of NAFNet
+    path: str | os.PathLike,  # written by `save_model`, or a public *.pth checkpoint of a network of this package
 ) -> tuple[nn.Module, dict]:  # the module, in eval mode on the CPU, and its spec
     "Rebuild a model from its file alone; `ModelError` (a `ValueError`) that names the file, the value and the remedy."
     path = Path(path)
-    spec, tensors = _read_model(path)
+    if _is_pickle(path):
+        module, spec = _from_checkpoint(path)
+        return module.eval(), spec
+    spec, tensors = _read_safetensors(path)
     module = _assemble(spec, path)
     if problem := _mismatch(module, tensors):
         raise ModelError(f"{path}: {problem} for {spec['network']['name']}"

@@ -23,7 +23,7 @@ from .strategy import Strategy, mix_seed, pick_loss, pixel_loss, surrogate
 # %% auto #0
 __all__ = ['PRESETS', 'TASK_SETS', 'Term', 'HVP', 'VARIANTS', 'RELEASED', 'Confounder', 'ConfounderBatch', 'ConfounderSet',
            'PairedTypes', 'dataset_types', 'gaussian_noise', 'gaussian_blur', 'hybrid', 'rain_families', 'bayer_noise',
-           'haze', 'raw_noise', 'real_esrgan', 'pick_confounders', 'hessian_vector', 'InnerAdam', 'Direction',
+           'haze', 'raw_noise', 'kinds', 'real_esrgan', 'pick_confounders', 'hessian_vector', 'InnerAdam', 'Direction',
            'dil_direction', 'released_order', 'DIL']
 
 # %% ../../nbs/strategies/21_dil.ipynb #dfbcd0da
@@ -165,7 +165,7 @@ def bayer_noise() -> ConfounderSet:
     "Signal-dependent camera noise, one confounder per Bayer pattern (CBDNet's model)."
     return ConfounderSet([deg.ColourNoise(pattern=p) for p in deg.BAYER], names=[p.lower() for p in deg.BAYER])
 
-# %% ../../nbs/strategies/21_dil.ipynb #a5c7f447
+# %% ../../nbs/strategies/21_dil.ipynb #5246cda2
 def haze(betas: Sequence[float] = (0.6, 1.2, 1.8),  # scattering coefficients
          ) -> ConfounderSet:
     "Homogeneous haze over a random smooth depth."
@@ -173,9 +173,16 @@ def haze(betas: Sequence[float] = (0.6, 1.2, 1.8),  # scattering coefficients
 
 
 def raw_noise(levels: Sequence[float] = (0.25, 0.5, 1.0),  # multiples of the strongest training noise
+              form: str = "masked",  # RGGB mosaic, or "full" for every channel sampled
               ) -> ConfounderSet:
-    "Poisson-Gaussian noise on a masked RGGB mosaic: shot (0.16 l)^2, read (0.06 l)^2."
-    return ConfounderSet([deg.RawNoise((0.16 * v) ** 2, (0.06 * v) ** 2) for v in levels], names=[f"raw_{v:g}" for v in levels])
+    "Poisson-Gaussian noise: shot (0.16 l)^2, read (0.06 l)^2."
+    return ConfounderSet([deg.RawNoise((0.16 * v) ** 2, (0.06 * v) ** 2, form=form) for v in levels], names=[f"raw_{v:g}" for v in levels])
+
+# %% ../../nbs/strategies/21_dil.ipynb #9c16d284
+def kinds() -> ConfounderSet:
+    "One confounder per kind of damage of the task `allinone`: noise, blur, haze, rain, JPEG."
+    from irnb.data import task
+    return ConfounderSet(task("allinone").train.kinds, names=["noise", "blur", "haze", "rain", "jpeg"])
 
 # %% ../../nbs/strategies/21_dil.ipynb #39c3eca4
 def real_esrgan(order: int = 1,  # stages: 1 or 2
@@ -194,12 +201,13 @@ def real_esrgan(order: int = 1,  # stages: 1 or 2
     parts = [replace(whole, first=mode(whole.first, w), second=mode(whole.second, w)) for w in ("blur", "noise", "jpeg")]
     return ConfounderSet([whole, *parts], names=["all", "blur", "noise", "jpeg"])
 
-# %% ../../nbs/strategies/21_dil.ipynb #c01f924b
+# %% ../../nbs/strategies/21_dil.ipynb #bdd06705
 PRESETS: dict[str, Callable[..., ConfounderSet | PairedTypes]] = {
     "gaussian_noise": gaussian_noise, "gaussian_blur": gaussian_blur, "hybrid": hybrid, "real_esrgan": real_esrgan, "bayer_noise": bayer_noise,
-    "rain_families": rain_families, "haze": haze, "raw_noise": raw_noise, "types": dataset_types}
+    "rain_families": rain_families, "haze": haze, "raw_noise": raw_noise, "raw_noise_full": functools.partial(raw_noise, form="full"), "kinds": kinds, "types": dataset_types}
 TASK_SETS = {"denoise": "gaussian_noise", "deblur": "gaussian_blur", "hybrid": "hybrid", "derain": "rain_families", "sr4": "real_esrgan", "camera": "bayer_noise",
-             "camera_textured": "bayer_noise", "dehaze": "haze", "jdd": "raw_noise"}
+             "camera_textured": "bayer_noise", "dehaze": "haze", "jdd": "raw_noise", "denoise_raw": "raw_noise_full", "allinone": "kinds",
+             "derain_domains": "rain_families", "deblur_domains": "gaussian_blur", "real_noise": "gaussian_noise"}
 
 
 def pick_confounders(what: Any,  # a set, degradations, a name of `PRESETS` or `TASK_SETS`, {name: arguments}, or a number of paired types
