@@ -3,6 +3,7 @@ import filecmp
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,19 @@ import pytest
 from tests.notebooks import ROOT, execute, notebooks, readme
 
 
+@pytest.fixture(scope="module")
+def runs(request):
+    "The chosen notebooks, two at a time on one thread each; every test waits for its own."
+    chosen = [item.callspec.params["path"] for item in request.session.items if item.function.__name__ == "test_notebook_runs"]
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setenv("OMP_NUM_THREADS", "1")  # two kernels with two threads each would wait for one another
+        yield {path: pool.submit(execute, path) for path in chosen}
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem if p.stem != "index" else f"{p.parent.name}-index")
-def test_notebook_runs(path):
-    execute(path)
+def test_notebook_runs(path, runs):
+    runs[path].result()
 
 
 @pytest.fixture(scope="module")

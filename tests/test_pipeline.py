@@ -458,7 +458,7 @@ def test_bad_pairs_are_refused(here, capsys, pairs, words):
 def test_a_strategy_that_needs_real_pictures_says_so_on_a_task_without(here):
     import types
     from irnb.data import task
-    for i, part in enumerate(("train", "val", "test")):
+    for i, part in enumerate(("train", "train", "val", "test")):
         picture(here / "mine" / part / f"{i}.png", seed=i)
     corpus_params(here)
     assert main(["synthesize"]) == 0
