@@ -633,7 +633,7 @@ def _figures(params: Mapping[str, Any], task_name: str, rows: Sequence[Mapping[s
     drawn = {"map": generalisation_map(rows, params["evaluation"]["reference"], **settings), "gallery": gallery(panels),
              "curves": curves(rows, xlabel=rows[0]["setting"].rsplit("_", 1)[0].replace("_", " ") + " of the degradation"), "training": training_figure(curve_rows)}
     for name, figure in drawn.items():
-        save_figure(figure, out / f"{task_name}_{name}.png", dpi=75 if name == "gallery" else 120)
+        save_figure(figure, out / f"{task_name}_{name}.png", dpi=55 if name == "gallery" else 120)
     save_figure(drawn["map"], out / f"{task_name}_map.svg")
     (out / "restored").mkdir(exist_ok=True)
     for shown in panels:
