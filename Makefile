@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env repro test notebooks bench lab readme
+.PHONY: help env repro test notebooks bench lab readme docs
 help:
 	@echo "make repro      environment, then the whole pipeline: table, figures, restored images in results/"
 	@echo "make test       environment, then all tests, every notebook executed, notebooks and library in sync"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench      environment, then the measured ratios: degradations, metrics, training step, restore"
 	@echo "make lab        environment, then JupyterLab on nbs/"
 	@echo "make readme     README.md from nbs/index.ipynb"
+	@echo "make docs       environment, then the site from the notebooks' stored outputs, without a network: build/docs/html"
 
 # Made again only when what it is made of changes; half-made environments leave no stamp.
 $(VENV)/.stamp: requirements.lock pyproject.toml
@@ -42,3 +43,6 @@ lab: env
 
 readme: env
 	python -m tests.notebooks --readme
+
+docs: env
+	python -m docs

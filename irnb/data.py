@@ -523,15 +523,16 @@ def require_disjoint(
 
 def require_unpaired(
     real: Corpus,        # degraded pictures without ground truth
-    **corpora: Corpus,   # the pairs and the test pictures, e.g. train=..., test=...
+    kind: str = "real",  # what to call them: corpus.real or corpus.noisy
+    /, **corpora: Corpus,   # the pairs and the test pictures, e.g. train=..., test=...
 ) -> None:
     "Raise ValueError if a real picture is, byte for byte, one of the others: unpaired training would be paired."
     known = {item.sha256: (part, item.name) for part, corpus in corpora.items() for item in corpus}
     for item in real:
         if item.sha256 in known:
             part, name = known[item.sha256]
-            raise ValueError(f"{item.path}: the real picture has the same content as {part} picture {name!r}; real pictures must be "
-                             "unpaired: take it out of one of the two, or allow it with corpus.real.allow_shared: true")
+            raise ValueError(f"{item.path}: the {kind} picture has the same content as {part} picture {name!r}; {kind} pictures must be "
+                             f"unpaired: take it out of one of the two, or allow it with corpus.{kind}.allow_shared: true")
 
 # %% ../nbs/03_data.ipynb #bd7d8ecd
 def _starts(length: int, size: int, stride: int) -> np.ndarray:

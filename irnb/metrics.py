@@ -10,7 +10,7 @@ from torch import Tensor
 from .images import quantise as to_levels, rgb_to_y
 
 # %% auto #0
-__all__ = ['psnr', 'ssim']
+__all__ = ['psnr', 'ssim', 'laplacian_energy', 'high_frequency_ratio']
 
 # %% ../nbs/02_metrics.ipynb #4cf487a0
 def _checked(name: str, x: Tensor, y: Tensor, data_range: float, crop_border: int) -> None:
@@ -140,3 +140,31 @@ def ssim(
                          "use psnr for smaller images")
     sums = _ssim_sums(x.reshape(b * c, h, w), y.reshape(b * c, h, w), data_range)
     return _finite("ssim", sums.view(b, c).mean(1) / ((h - window + 1) * (w - window + 1)))
+
+# %% ../nbs/02_metrics.ipynb #5e689df0
+def laplacian_energy(x: Tensor,  # (B,C,H,W), sides >= 3 px
+                     ) -> Tensor:  # (B,)
+    "Mean square of the 5-point Laplacian."
+    inner = x[..., 1:-1, 1:-1]
+    lap = x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:] - 4 * inner
+    return lap.square().mean(dim=(1, 2, 3))
+
+# %% ../nbs/02_metrics.ipynb #a0190182
+def high_frequency_ratio(restored: Tensor,  # (B,C,H,W)
+                         clean: Tensor,  # (B,C,H,W)
+                         *, block: int = 16,  # px, side of the places that are compared
+                         share: float = 0.25,  # of the places: those with most texture in the clean image
+                         crop_border: int = 0,  # px left out at each side
+                         y_channel: bool = False,  # compare the BT.601 studio luma instead of RGB
+                         quantise: bool = False,  # clamp and round to 8 bit first
+                         ) -> Tensor:  # (B,); 1: as much fine structure as the clean image, below: smoother
+    "Laplacian energy of the restored over that of the clean image, in the most textured places; `ValueError` as for `psnr`."
+    _checked("high_frequency_ratio", restored, clean, 1.0, crop_border)
+    def blocks(x: Tensor) -> Tensor:
+        x = _prepared("high_frequency_ratio", x, 1.0, crop_border, y_channel, quantise)
+        side = min(block, *x.shape[-2:])
+        tiles = x.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5)  # (B,n,m,C,side,side)
+        return laplacian_energy(tiles.reshape(-1, *tiles.shape[3:])).view(len(x), -1)
+    mine, theirs = blocks(restored), blocks(clean)
+    chosen = theirs.topk(max(1, round(share * theirs.shape[1])), dim=1).indices
+    return mine.gather(1, chosen).sum(1) / theirs.gather(1, chosen).sum(1).clamp(min=1e-12)

@@ -15,7 +15,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .images import replacing
 from .strategies.strategy import Frozen, Strategy, follow_tensors, mix_seed, tensors_of
 
 # %% auto #0
-__all__ = ['TrainConfig', 'check_names', 'learning_rate', 'ema_decay', 'pick_device', 'environment', 'processes',
+__all__ = ['TrainConfig', 'check_names', 'learning_rate', 'ema_decay', 'recalibrate', 'pick_device', 'environment', 'processes',
            'save_checkpoint', 'load_checkpoint', 'NonFiniteError', 'train_step', 'Run', 'TrainResult',
            'run_fingerprint', 'train']
 
@@ -43,6 +43,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
     clip: float | None = 1.0  # largest gradient norm; None: no clipping
     ema: float = 0.99  # decay of the evaluated average; 0: evaluate the raw weights
+    recalibrate: int = 0  # batches after the last step from which the average's BatchNorm statistics are estimated anew; 0: they are averaged like weights
     accumulate: int = 1  # parts in which a batch is run, to save memory
     precision: str = "fp32"  # "fp32" or "bf16" (autocast)
     channels_last: bool = False  # memory format of weights and images
@@ -54,7 +55,7 @@ class TrainConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
-        for name, low in (("steps", 1), ("warmup", 0), ("accumulate", 1), ("log_every", 1), ("checkpoint_every", 1), ("validate_every", 0)):
+        for name, low in (("steps", 1), ("warmup", 0), ("accumulate", 1), ("log_every", 1), ("checkpoint_every", 1), ("validate_every", 0), ("recalibrate", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"train.{name} must be an integer >= {low}, got {value!r}")
@@ -99,6 +100,18 @@ def ema_decay(step: int,  # 0-based
               ) -> float:
     "The decay of the moving average at a step, warmed up so that the initial weights are soon forgotten."
     return min(decay, (1 + step) / (10 + step)) if decay > 0 else 0.0
+
+# %% ../nbs/30_training.ipynb #rec0aa02
+def recalibrate(restorer: nn.Module,  # changed in place: nothing but its running statistics
+                batches: Iterable[Tensor],  # degraded images (B,C,h,w)
+                ) -> None:
+    "Estimate the running statistics of BatchNorm layers anew, as means over batches under the present weights; each module keeps its mode."
+    modes = [(module, module.training) for module in restorer.modules()]
+    try:
+        torch.optim.swa_utils.update_bn(batches, restorer)
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 # %% ../nbs/30_training.ipynb #2cee1003
 def pick_device(name: str = "auto",  # "auto", "cpu", "cuda", "cuda:1", "mps"
@@ -384,6 +397,8 @@ def _train_on(run: Run, model: nn.Module, batches, checkpoint, validate, on_log,
             done = run.step == config.steps
             if done or run.step % config.log_every == 0:
                 _stop_if_bad(window, run, batches, checkpoint)
+                if done and config.recalibrate:
+                    recalibrate(run.average.net, (batches.batch(config.steps + i)["degraded"].to(run.device) for i in range(config.recalibrate)))
                 point = _log_point(window, run, validate, done)
                 bar.set_postfix(loss=f"{point.get('task_loss', math.nan):.4f}")
                 if on_log:

@@ -18,7 +18,7 @@ from irnb.strategies.constyle import (CONSTYLE_PRESETS, CONSTYLE_TRAINING, ConSt
                                       nce_logits, pick_sites, places, probe, style_loss, told_psnr)
 from irnb.strategies.strategy import Frozen, Strategy, Supervised, ToyNet, _loop, contract, toy_batch
 from irnb.training import TrainConfig, train
-from tests.nets import awake
+from tests.nets import Batches, awake
 from tests.test_spn import Reads
 
 SMALL = {"width": 2, "code_dim": 8}
@@ -574,23 +574,14 @@ def test_contract_with_a_normalised_user_network():
 
 @pytest.mark.parametrize("kind", ["told", "wrapped"])
 def test_killed_and_resumed_training_ends_in_the_same_bits(kind, tmp_path):
-    class Batches:
-        def __init__(self, stop=None):
-            self.stop = stop
-
-        def batch(self, step):
-            if step == self.stop:
-                raise RuntimeError("power cut")
-            return toy_batch(4, 16, seed=step)
-
     build_one = lambda: make(contrastive_steps=9) if kind == "told" else make(ToyNet(), contrastive_steps=9, encoder=SMALL)
     config = TrainConfig(steps=16, warmup=2, lr=2e-3, log_every=2, checkpoint_every=4, weight_decay=.1)
     whole, again = build_one(), build_one()
-    history = train(whole, Batches(), config, progress=False).history
+    history = train(whole, Batches(4, 16), config, progress=False).history
     for stop in (6, 11):  # before and after the freezing
         with pytest.raises(RuntimeError):
-            train(build_one(), Batches(stop), config, progress=False, checkpoint=tmp_path / "c.pt")
-    result = train(again, Batches(), config, progress=False, checkpoint=tmp_path / "c.pt")
+            train(build_one(), Batches(4, 16, stop=stop), config, progress=False, checkpoint=tmp_path / "c.pt")
+    result = train(again, Batches(4, 16), config, progress=False, checkpoint=tmp_path / "c.pt")
     assert result.resumed_at == 8 and result.history == history and same(again, whole)
     assert {"nce", "content", "style", "positive", "negative", "code_std", "queue_norm"} <= set(history[0])
 

@@ -688,3 +688,62 @@ def test_import_is_light():
             "print(sorted(heavy & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- cheap rivals, and how much of the way
+
+def gap_rows(share, noise=0.0, S=3, I=12):
+    rng = np.random.default_rng(1)
+    base, top = rng.normal(30, 2, (S, I)), rng.uniform(.5, 1.5, (S, I))
+    values = {"v": base, "o": base + top, "n": base + share * top + noise * rng.normal(size=(S, I))}
+    return [row(image=f"p{i // 3}_{i}", setting="x", seen=False, strategy=k, seed=s, value=v[s, i]) for k, v in values.items() for s in range(S) for i in range(I)]
+
+
+@pytest.mark.parametrize("share", [-.5, 0., 1 / 3, 1., 1.7])
+def test_a_constant_share_of_the_gap_is_certain(share):
+    assert ev.gap_closed(gap_rows(share), "n", "v", "o", "x", n=200)[:3] == pytest.approx((share,) * 3, abs=1e-9)
+
+
+def test_gap_closed_resamples_numerator_and_denominator_together():
+    "Against a plain loop with the same picks; independent resampling would give a wider interval."
+    rows = gap_rows(.4, noise=.3)
+    found = ev.gap_closed(rows, "n", "v", "o", "x", n=400, seed=5)
+    own, best = (ev.paired_differences(rows, s, "v", "x").values for s in ("n", "o"))
+    rng = np.random.default_rng(5)
+    a, b = (ev._multiplicities(400, size, rng) for size in own.shape)
+    ratios = [(u @ own @ v) / (u @ best @ v) for u, v in zip(a, b)]
+    assert found == pytest.approx((own.mean() / best.mean(), *np.quantile(ratios, [.025, .975]), 12, 3))
+    assert ev.gap_closed(rows, "n", "v", "o", "x", n=50, group=lambda name: name.split("_")[0]).n_images == 4
+
+
+def test_no_gap_to_close():
+    rows = gap_rows(.5)
+    with pytest.raises(ValueError, match="no gap to close"):
+        ev.gap_closed(rows, "n", "o", "v", "x", n=20)
+    with pytest.raises(ValueError, match="no rows of strategy 'w'"):
+        ev.gap_closed(rows, "w", "v", "o", "x")
+
+
+def test_controls_refuse_an_enlarging_restorer_and_leave_its_modes():
+    net = nn.Sequential(nn.Dropout(), nn.Identity()).train()
+    found = ev.post_controls(net, [item()], quantise=True)
+    assert net.training and net[0].training and set(found) == {"blur", "scale"}
+    with pytest.raises(ValueError, match="no residual to scale"):
+        ev.post_controls(lambda x: x.repeat_interleave(2, -1).repeat_interleave(2, -2), [item(scale=2)])
+
+
+def test_high_frequency_ratio_is_a_metric_by_name():
+    rows = ev.evaluate(nn.Identity(), [item(side=32)], strategy="s", task="t", metrics=("high_frequency_ratio", "psnr"))
+    assert [r["metric"] for r in rows] == ["high_frequency_ratio", "psnr"] and rows[0]["value"] > 0
+
+
+@needs_wavelets
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")
+def test_wavelets_pass_pictures_without_detail_in_a_channel():
+    "A JPEG of a grey picture has no colour at all: BayesShrink divides zero by zero there, and the picture passes unchanged."
+    from skimage.restoration import denoise_wavelet
+    grey = (torch.arange(32.) // 8 / 8).expand(1, 3, 32, 32).contiguous()
+    with np.errstate(all="ignore"):
+        plain = denoise_wavelet(grey[0].permute(1, 2, 0).double().numpy(), method="BayesShrink", mode="soft", rescale_sigma=True, convert2ycbcr=True, channel_axis=-1)
+    assert np.isnan(plain).any()
+    assert torch.equal(ev.wavelet(grey), grey) and torch.isfinite(ev.wavelet(grey[:, :1])).all()

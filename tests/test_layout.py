@@ -54,7 +54,7 @@ def test_an_upward_import_is_found():
 
 
 @pytest.mark.parametrize("name", ["irnb", "irnb.metrics", "irnb.degradations", "irnb.networks", "irnb.strategies", "irnb.data", "irnb.strategies.strategy",
-                                  "irnb.training", "irnb.evaluation", "irnb.restore", "irnb.pipeline"])
+                                  "irnb.training", "irnb.evaluation", "irnb.restore", "irnb.pipeline", "irnb.explorer"])
 def test_import_is_light(name):
     code = f"import {name}, sys; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -94,7 +94,7 @@ def test_lock_pins_every_requirement():
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==\S+", line) for line in lines)
     pinned = {re.split("==", line)[0].lower().replace("_", "-") for line in lines}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + [r for group in ("notebooks", "pipeline", "dev") for r in project["optional-dependencies"][group]]
+    wanted = project["dependencies"] + [r for group in ("notebooks", "pipeline", "docs", "examples", "dev") for r in project["optional-dependencies"][group]]
     names = {re.match(r"[A-Za-z0-9_-]+", r)[0].lower().replace("_", "-") for r in wanted} - {"irnb"}
     assert names <= pinned, names - pinned
 

@@ -12,9 +12,12 @@ from torch.nn import functional as F
 
 from irnb.degradations import CameraNoise, GaussianNoise, Uniform, bicubic, gaussian_blur
 from irnb.strategies.diffusion import LinearGammaSchedule, pick_denoiser
-from irnb.strategies.noise_da import (CONDITIONS, NOISE_DA_VARIANTS, RENOISED, AddInput, ConditionProbe, DiffusionLossError, GlobalBlur, LambdaRamp, NoiseDA, NoiseDALoss, Renoised,
-                                      ResidualView, ScaledResidual, as_residual, check_ranges, check_real, estimate_noise, high_frequency_ratio, infer, laplacian_energy,
-                                      noise_da_cost, post_controls, residual_swap, swap_slots)
+from irnb.data import Example
+from irnb.evaluation import GlobalBlur, ScaledResidual, post_controls
+from irnb.metrics import high_frequency_ratio, laplacian_energy
+from irnb.strategies.noise_da import (CONDITIONS, NOISE_DA_VARIANTS, RENOISED, AddInput, ConditionProbe, DiffusionLossError, LambdaRamp, NoiseDA, NoiseDALoss, Renoised,
+                                      ResidualView, as_residual, check_ranges, check_real, estimate_noise, infer,
+                                      noise_da_cost, residual_swap, swap_slots)
 from irnb.strategies.strategy import Strategy, Supervised, ToyNet, _loop, contract, toy_batch
 from irnb.training import NonFiniteError, TrainConfig, train
 from tests.nets import awake
@@ -810,7 +813,6 @@ def test_high_frequency_ratio():
 
 
 def _items(x):
-    from irnb.data import Example
     return [Example("a", "s", True, x[:1], x[:1])]
 
 
@@ -837,8 +839,8 @@ def test_oracle_tuned_controls_find_the_best_value():
     for y in clean:
         x = y + .1 * torch.randn(y.shape, generator=g)
         truth[x.sum().item()] = y
-        items.append((x, y))
-    found = post_controls(half, items, factors=(1., 1.5, 2., 2.5), sigmas=(0., 1., 3.))
+        items.append(Example(str(len(items)), "s", False, x, y))
+    found = post_controls(half, items, factors=(1., 1.5, 2., 2.5), sigmas=(0., 1., 3.), quantise=True)
     restorer, factor, db = found["scale"]
     assert factor == 2. and isinstance(restorer, ScaledResidual) and db > 50  # it removed half of the noise
     assert found["blur"][1] > 0 and isinstance(found["blur"][0], GlobalBlur)

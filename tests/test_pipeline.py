@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -66,9 +67,10 @@ def test_repro_ends_with_table_figures_and_pictures(clone):
     rows, trained = read_table(results / "table.csv"), load_params(ROOT / "scales" / "smoke.yaml")["run"]["strategies"]
     assert {"supervised", "dil_sf", "dil_ps", "spn_random", "constyle", "constyle_l1", "rcl_k2"} <= set(trained)
     of = lambda name: [r for r in rows if r["task"] == name]
-    assert {r["strategy"] for r in of("denoise")} == {"degraded", "non_local_means", "wavelet", *trained}
-    assert len(of("denoise")) == (3 + 2 * len(trained)) * 2 * 7 * 2  # untrained and two seeds each; images; settings; metrics
-    assert {r["strategy"] for r in of("camera")} == {"degraded", "non_local_means", "wavelet", "supervised", "noise_da"} and len(of("camera")) == (3 + 2 * 2) * 2 * 4 * 2
+    tuned = {"supervised_tuned_blur", "supervised_tuned_scale"}  # on unseen settings: 3 of 7, and 1 of 4
+    assert {r["strategy"] for r in of("denoise")} == {"degraded", "non_local_means", "wavelet", *trained} | tuned
+    assert len(of("denoise")) == ((3 + 2 * len(trained)) * 7 + 2 * 2 * 3) * 2 * 2  # untrained and two seeds each, by settings; images; metrics
+    assert {r["strategy"] for r in of("camera")} == {"degraded", "non_local_means", "wavelet", "supervised", "noise_da"} | tuned and len(of("camera")) == ((3 + 2 * 2) * 4 + 2 * 2 * 1) * 2 * 2
     assert (results / "label_efficiency.csv").read_text().splitlines()[0] == "task,strategy,labelled,seed,psnr" and len((results / "label_efficiency.csv").read_text().splitlines()) == 5
     from irnb.images import read_image
     pictures = sorted((results / "restored").glob("*.png"))
@@ -563,6 +565,84 @@ def test_a_strategy_without_clean_pictures_needs_a_pretraining_task(here, capsys
     shutil.rmtree(here / "build/synthetic/denoise/noisy")
     (here / "params.yaml").write_text(yaml.safe_dump(params))
     assert main(["pretrain", *RUN, "before"]) == 1 and "learns from noisy pictures alone" in capsys.readouterr().err
+
+
+def noisy_folder(here, **noisy):
+    "Pre-training pictures of mixed sizes, bit depths and channels, with a broken one among them."
+    from skimage.io import imsave
+    with_pretraining(here)
+    rng = np.random.default_rng(0)
+    (here / "night" / "deep").mkdir(parents=True)
+    imsave(here / "night/a.tif", rng.integers(0, 2**16, (110, 100, 3), dtype=np.uint16), check_contrast=False)
+    imsave(here / "night/deep/b.tif", rng.integers(0, 2**8, (96, 150), dtype=np.uint8), check_contrast=False)
+    picture(here / "night/c.png", seed=40), picture(here / "night/c_truth.png", seed=41)
+    (here / "night/d_broken.png").write_bytes(b"no picture")
+    corpus_params(here, noisy={"directory": "night", "pictures": ["a", "deep/b", "c", "d_*"]} | noisy)
+
+
+def test_own_noisy_pictures_of_any_size_and_depth_are_used_as_they_are(here, capsys):
+    import torch
+    from irnb.data import PatchSet
+    from irnb.images import read_image
+    noisy_folder(here)
+    with pytest.warns(UserWarning, match="d_broken"):
+        assert main(["synthesize"]) == 0
+    folder = here / "build/synthetic/denoise"
+    patches = PatchSet.open(folder / "noisy")
+    assert patches.sources == ("a", "c", "b") or set(patches.sources) == {"a", "c", "deep/b"}
+    assert not (folder / "noisy2").exists() and patches.pixels.dtype == np.float16
+    first, size = np.asarray(patches.pixels)[list(patches.source).index(patches.sources.index("a"))], patches.size
+    whole = read_image(here / "night/a.tif").half().permute(1, 2, 0).numpy()
+    windows = np.lib.stride_tricks.sliding_window_view(whole, (size, size, 3))
+    assert (windows == first).all(axis=(-1, -2, -3)).any()  # 16 bits are kept as far as half precision goes: a tile is a window of the file's numbers
+    params = yaml.safe_load((here / "params.yaml").read_text())
+    params["strategies"]["before"] = {"class": "irnb.strategies.RCL", "train": {"batch": 3, "crop": 48}}
+    (here / "params.yaml").write_text(yaml.safe_dump(params))
+    assert main(["pretrain", *RUN, "before"]) == 0
+    params["strategies"]["before"] = {"class": "irnb.strategies.Noise2Noise"}
+    (here / "params.yaml").write_text(yaml.safe_dump(params))
+    assert main(["pretrain", *RUN, "before"]) == 1 and "corpus.noisy has one" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*d_broken")
+@pytest.mark.parametrize("prepare, noisy, words", [
+    (lambda here: None, {"directory": "nowhere"}, "corpus.noisy: nowhere: is not a folder"),
+    (lambda here: None, {"pictures": ["z*"]}, "corpus.noisy: night: 'z.' matches none of its"),
+    (lambda here: shutil.copy(here / "mine/test/4.png", here / "night/c.png"), {}, "the noisy picture has the same content as test picture 'test/4'.*corpus.noisy.allow_shared"),
+    (lambda here: change(here / "params.yaml", run__pretrain={"tasks": ["jdd"], "strategies": []}), {}, "raw Bayer mosaics")],
+    ids=["missing", "pattern", "shared", "raw"])
+def test_bad_noisy_folders_are_refused(here, capsys, prepare, noisy, words):
+    import re
+    noisy_folder(here, **noisy)
+    prepare(here)
+    assert main(["synthesize"]) == 1
+    assert re.search(words, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_tuned_rivals_stand_beside_their_strategy_on_unseen_settings(here):
+    from irnb.evaluation import read_table
+    with_pretraining(here)
+    change(here / "params.yaml", evaluation__tuned=["before"], evaluation__metrics=["psnr", "high_frequency_ratio"], run__strategies=["before"])
+    assert main(["train", *RUN, "before"]) == 0 and main(["evaluate", *RUN, "before"]) == 0
+    rows = read_table(here / "runs/denoise/before-0/table.csv")
+    mean = {}
+    for r in rows:
+        if r["metric"] == "psnr" and not r["seen"]:
+            mean.setdefault((r["strategy"], r["setting"]), []).append(r["value"])
+    mean = {k: sum(v) / len(v) for k, v in mean.items()}
+    settings = {s for _, s in mean}
+    assert {s for s, _ in mean} == {"before", "before_tuned_blur", "before_tuned_scale"} and {r["metric"] for r in rows} == {"psnr", "high_frequency_ratio"}
+    assert all(mean[f"before_tuned_{k}", s] >= mean["before", s] - 1e-9 for k in ("blur", "scale") for s in settings)  # 0 px and factor 1 are among the candidates
+    assert {r["strategy"] for r in rows if r["seen"]} == {"before"}
+    change(here / "params.yaml", evaluation__tuned=["befor"])
+    assert main(["evaluate", *RUN, "before"]) == 1
+
+
+def test_pictures_that_a_degradation_did_not_touch_are_left_out_by_name():
+    rows = [{"image": i, "setting": k, "value": v} for i, k, v in (("a", "rain", 30.), ("a", "haze", 20.), ("b", "rain", float("inf")), ("b", "haze", 21.))]
+    assert pipeline.without_perfect(rows) == (rows[:2], ["b"]) and pipeline.without_perfect(rows[:2]) == (rows[:2], [])
+    with pytest.raises(ValueError, match="nothing is left to compare"):
+        pipeline.without_perfect(rows[2:])
 
 
 def test_label_rows_are_means_over_seen_settings():

@@ -17,6 +17,7 @@ from irnb.strategies.spn import (AGAINST, CR, RELEASED_NEGATIVES, RELEASED_TRAIN
                                  NegativeSpec, ResidualTrigger, SPNObjective, as_negatives, released_lr, spn_cost, stranger, unwrap)
 from irnb.strategies.strategy import Frozen, Strategy, Supervised, ToyNet, _loop, contract, toy_batch
 from irnb.training import TrainConfig, train
+from tests.nets import Batches
 
 PAST = [{"interval": 2, "decay": .1}, {"interval": 3, "decay": .5}]
 
@@ -713,22 +714,13 @@ def test_a_look_in_eval_mode_or_without_gradients_leaves_nothing_pending():
 
 @pytest.mark.parametrize("options", [{"warmup": 5}, {"adaptive": .09, "lam": .01}, {"against": "random"}, {"negatives": [{"interval": .05, "decay": .3, "start_mix": .1}], "schedule": 60}], ids=str)
 def test_killed_and_resumed_training_ends_in_the_same_bits(options, tmp_path):
-    class Batches:
-        def __init__(self, stop=None):
-            self.stop = stop
-
-        def batch(self, step):
-            if step == self.stop:
-                raise RuntimeError("power cut")
-            return toy_batch(seed=step)
-
     config = TrainConfig(steps=24, warmup=3, lr=2e-3, log_every=2, checkpoint_every=4)
     run = lambda strategy, batches, **more: train(strategy, batches, config, progress=False, **more)
     whole, first, again = make(**options), make(**options), make(**options)
     history = run(whole, Batches()).history
     for stop in (7, 14):
         with pytest.raises(RuntimeError):
-            run(first, Batches(stop), checkpoint=tmp_path / "c.pt")
+            run(first, Batches(stop=stop), checkpoint=tmp_path / "c.pt")
         first = make(**options)
     result = run(again, Batches(), checkpoint=tmp_path / "c.pt")
     assert result.resumed_at == 12 and result.history == history

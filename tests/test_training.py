@@ -217,12 +217,38 @@ def test_ema_zero_is_the_network_itself_with_trained_statistics():
     assert result.restorer.norm.num_batches_tracked == 40
 
 
+def test_recalibrated_statistics_are_the_means_over_the_batches_after_the_last_step():
+    "Against the definition, with the average's own weights; everything else is bit for bit as without."
+    config = dataclasses.replace(CONFIG, ema=.9)
+    class Norm(ToyNet):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+        def forward(self, x):
+            return super().forward(self.norm(x))
+    plain, fresh = (run(Norm(), config=dataclasses.replace(config, recalibrate=n)).restorer for n in (0, 5))
+    later = [toy_batch(batch=8, seed=CONFIG.steps + i)["degraded"] for i in range(5)]
+    torch.testing.assert_close(fresh.norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in later]).mean(0))
+    torch.testing.assert_close(fresh.norm.running_var, torch.stack([x.var((0, 2, 3)) for x in later]).mean(0))
+    assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in plain.state_dict().items() if "running" not in k and "num_batches" not in k)
+    assert not torch.equal(plain.norm.running_mean, fresh.norm.running_mean) and not any(m.training for m in fresh.modules())
+
+
+def test_recalibration_leaves_other_networks_and_the_validation_sees_it():
+    a, b = (run(config=dataclasses.replace(CONFIG, recalibrate=n)) for n in (0, 3))
+    assert same(a, b)
+    seen = []
+    net = DropNet()
+    result = train(Supervised(net), Batches(), dataclasses.replace(CONFIG, recalibrate=3), device="cpu", progress=False, validate=lambda r: {"m": seen.append(r.norm.running_mean.clone()) or 0.})
+    assert torch.equal(seen[-1], result.restorer.norm.running_mean)
+
+
 def test_average_is_smoother_than_the_last_iterate():
     raw, average = (run(config=dataclasses.replace(CONFIG, ema=e)) for e in (0., .9))
     assert not same(raw, average)
 
 
-@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"channels_last": True}, {"accumulate": 4}, {"clip": None}, {"weight_decay": .1}])
+@pytest.mark.parametrize("options", [{"recalibrate": 2}, {"precision": "bf16"}, {"channels_last": True}, {"accumulate": 4}, {"clip": None}, {"weight_decay": .1}])
 def test_options_train(options):
     result = run(config=dataclasses.replace(CONFIG, **options))
     losses = [p["task_loss"] for p in result.history]
@@ -277,7 +303,7 @@ def test_a_resumed_run_logs_the_old_points_first(tmp_path):
 
 
 @pytest.mark.parametrize("values", [{"stepss": 3}, {"steps": 0}, {"steps": 1.5}, {"lr": 0}, {"lr": -1}, {"final_lr": 1}, {"ema": 1}, {"clip": 0}, {"precision": "half"},
-                                    {"betas": [.9]}, {"betas": [.9, 1]}, {"warmup": -1}, {"accumulate": 0}, {"weight_decay": -1}])
+                                    {"betas": [.9]}, {"betas": [.9, 1]}, {"warmup": -1}, {"accumulate": 0}, {"weight_decay": -1}, {"recalibrate": -1}])
 def test_bad_settings(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         TrainConfig.from_dict(values)

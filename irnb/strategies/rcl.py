@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..degradations import demosaic_bilinear, mosaic, pack_bayer
-from .strategy import Strategy, Supervised, pixel_loss
+from .strategy import Strategy, Supervised, checked_number, pixel_loss
 
 # %% auto #0
 __all__ = ['crop_side', 'crop_pairs', 'residual', 'emd_matrix', 'nt_xent', 'partner_hits', 'low_frequency_distance', 'excess',
@@ -26,14 +26,6 @@ __all__ = ['crop_side', 'crop_pairs', 'residual', 'emd_matrix', 'nt_xent', 'part
            'read_label_efficiency', 'label_efficiency']
 
 # %% ../../nbs/strategies/25_rcl.ipynb #1f4c7524
-def _number(where: str, value: Any, low: float, text: str, above: bool = False) -> float:
-    "A finite number of at least (or above) `low`, or ValueError; YAML reads 1e-3 as text, which is caught here."
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and (value > low if above else value >= low)
-    if not good:
-        raise ValueError(f"{where} must be {text}, got {value!r}" + (" (in YAML write 1.0e-3, with the point)" if isinstance(value, str) else ""))
-    return value
-
-
 def crop_side(shape: Sequence[int],  # (..., H, W)
               overlap: bool = False,  # whether the two crops may overlap
               step: int = 1,  # offsets and sides are multiples of it; 2 for a mosaic
@@ -134,7 +126,7 @@ def nt_xent(distances: Tensor,  # (2B,2B); row i and row i + B are partners; the
         raise ValueError(f"nt_xent: a batch of {n // 2} picture has no negatives; use 2 or more per process and part (batch, train.accumulate)")
     with torch.autocast(distances.device.type, enabled=False):
         itself = torch.eye(n, dtype=torch.bool, device=distances.device)
-        logits = (distances / -_number("nt_xent: tau", tau, 0, "a number > 0", above=True)).masked_fill(itself, -math.inf)
+        logits = (distances / -checked_number("nt_xent: tau", tau, 0, "a number > 0", above=True)).masked_fill(itself, -math.inf)
         return F.cross_entropy(logits, torch.arange(n, device=distances.device).roll(n // 2))
 
 
@@ -209,9 +201,9 @@ class RCL(Strategy):
                  pattern: str | None = None,  # Bayer pattern if the pictures are masked mosaics
                  seed: int = 0):  # of the crops
         super().__init__(net, seed=seed)
-        self.tau, self.sigma = _number("RCL: tau", tau, 0, "a number > 0", above=True), _number("RCL: sigma", sigma, 0, "a number > 0 (px)", above=True)
-        self.w_contrast, self.w_consistency = _number("RCL: w_contrast", w_contrast, 0, "a number >= 0"), _number("RCL: w_consistency", w_consistency, 0, "a number >= 0")
-        self.w_excess = _number("RCL: w_excess", w_excess, 0, "a number >= 0")
+        self.tau, self.sigma = checked_number("RCL: tau", tau, 0, "a number > 0", above=True), checked_number("RCL: sigma", sigma, 0, "a number > 0 (px)", above=True)
+        self.w_contrast, self.w_consistency = checked_number("RCL: w_contrast", w_contrast, 0, "a number >= 0"), checked_number("RCL: w_consistency", w_consistency, 0, "a number >= 0")
+        self.w_excess = checked_number("RCL: w_excess", w_excess, 0, "a number >= 0")
         self.crop, self.center, self.overlap, self.pattern, self.unit = crop, center, overlap, pattern, 1 if pattern is None else 2
         if crop is not None and (not isinstance(crop, int) or isinstance(crop, bool) or crop < 2 or crop % self.unit):
             raise ValueError(f"RCL: crop must be a whole number of px >= 2{', even for a mosaic' if pattern else ''}, got {crop!r}")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .rcl import _number, crop_pairs, layers_by_use, low_frequency_distance, nt_xent, partner_hits
-from .strategy import Strategy, mix_seed, pick_loss, pixel_loss
+from .rcl import crop_pairs, layers_by_use, low_frequency_distance, nt_xent, partner_hits
+from .strategy import Strategy, checked_number, mix_seed, pick_loss, pixel_loss
 
 # %% auto #0
 __all__ = ['Noise2Noise', 'blind_spots', 'at_spots', 'random_neighbours', 'Noise2Void', 'cross_mean', 'grid_masked',
@@ -46,7 +46,7 @@ class Noise2Noise(_Regression):
                  *, extra: float | None = None,  # deviation of the added noise on the 255 scale; None: batch['degraded2'] is the second view
                  seed: int = 0):  # of the added noise
         super().__init__(net, loss, seed)
-        self.extra = extra if extra is None else _number("Noise2Noise: extra", extra, 0, "a number > 0 (on the 255 scale) or null", above=True)
+        self.extra = extra if extra is None else checked_number("Noise2Noise: extra", extra, 0, "a number > 0 (on the 255 scale) or null", above=True)
         self.needs = ("degraded", "degraded2") if extra is None else ("degraded",)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -104,7 +104,7 @@ class Noise2Void(_Regression):
                  radius: int = 2,  # px, of the window that replacements come from
                  seed: int = 0):  # of the pixels and their replacements
         super().__init__(net, loss, seed)
-        self.share, self.radius = _number("Noise2Void: share", share, 0, "a number in (0, 1)", above=True), radius
+        self.share, self.radius = checked_number("Noise2Void: share", share, 0, "a number in (0, 1)", above=True), radius
         if share >= 1 or not isinstance(radius, int) or isinstance(radius, bool) or radius < 1:
             raise ValueError(f"Noise2Void: share must be in (0, 1) and radius a whole number of px >= 1, got {share!r} and {radius!r}")
 
@@ -213,7 +213,7 @@ class Neighbor2Neighbor(Strategy):
                  *, gamma: float = 1.0,  # weight of the correction; 0 leaves it out
                  seed: int = 0):  # of the sub-sampling
         super().__init__(net, seed=seed)
-        self.gamma = _number("Neighbor2Neighbor: gamma", gamma, 0, "a number >= 0")
+        self.gamma = checked_number("Neighbor2Neighbor: gamma", gamma, 0, "a number >= 0")
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         "The loss on batch['degraded'] (B,C,H,W), sides >= 2."
@@ -301,7 +301,7 @@ class SimCLR(Strategy):
                  seed: int = 0):  # of views and projection
         super().__init__(net, seed=seed)
         for name, value, above in (("tau", tau, True), ("w_contrast", w_contrast, False), ("w_consistency", w_consistency, False), ("sigma", sigma, True), ("jitter", jitter, False)):
-            _number(f"SimCLR: {name}", value, 0, f"a number >{'' if above else '='} 0", above=above)
+            checked_number(f"SimCLR: {name}", value, 0, f"a number >{'' if above else '='} 0", above=above)
         if jitter >= 1:
             raise ValueError(f"SimCLR: jitter must be in [0, 1), got {jitter!r}")
         self.tau, self.w_contrast, self.w_consistency, self.sigma, self.jitter, self.crop, self.overlap = tau, w_contrast, w_consistency, sigma, jitter, crop, overlap
@@ -340,7 +340,7 @@ class LowFrequency(Strategy):
                  *, pattern: str | None = None,  # Bayer pattern if the pictures are masked mosaics
                  seed: int = 0):  # unused; every strategy takes one
         super().__init__(net, seed=seed)
-        self.weight, self.sigma, self.pattern = _number("LowFrequency: weight", weight, 0, "a number > 0", above=True), _number("LowFrequency: sigma", sigma, 0, "a number > 0 (px)", above=True), pattern
+        self.weight, self.sigma, self.pattern = checked_number("LowFrequency: weight", weight, 0, "a number > 0", above=True), checked_number("LowFrequency: sigma", sigma, 0, "a number > 0 (px)", above=True), pattern
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         "The low-frequency distance on batch['degraded'] (B,C,H,W)."

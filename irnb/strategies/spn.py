@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .features import FeatureDistance, FeatureExtractor, feature_extractor
-from .strategy import Frozen, Strategy, follow_tensors, mix_seed, pick_loss, pixel_loss, surrogate
+from .strategy import Frozen, Strategy, checked_number, follow_tensors, mix_seed, pick_loss, pixel_loss, surrogate
 
 # %% auto #0
 __all__ = ['RELEASED_NEGATIVES', 'SPN_PRESETS', 'RELEASED_TRAINING', 'AGAINST', 'CR_EXTRACTOR', 'NegativeSpec', 'as_negatives',
@@ -25,13 +25,6 @@ __all__ = ['RELEASED_NEGATIVES', 'SPN_PRESETS', 'RELEASED_TRAINING', 'AGAINST', 
            'CalibratedWeight', 'SPNTerms', 'SPNObjective', 'released_lr', 'matched_negative', 'SPN', 'CR', 'spn_cost']
 
 # %% ../../nbs/strategies/23_spn.ipynb #b3b358bc
-def _number(where: str, value: Any, low: float, high: float, text: str) -> float:
-    "A finite number in [low, high], or ValueError; YAML reads 1e-3 as text, which is caught here."
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or not math.isfinite(value):
-        raise ValueError(f"{where} must be {text}, got {value!r}" + (" (in YAML write 1.0e-3, with the point)" if isinstance(value, str) else ""))
-    return value
-
-
 @dataclass(frozen=True)
 class NegativeSpec:
     "One negative: how often it is refreshed, how much of the old it keeps, how it starts."
@@ -41,11 +34,11 @@ class NegativeSpec:
 
     def __post_init__(self):
         if self.interval is not None:
-            _number("NegativeSpec: interval", self.interval, 0, math.inf, "a whole number of steps >= 1, a fraction of the schedule in (0, 1), or null for never")
+            checked_number("NegativeSpec: interval", self.interval, 0, "a whole number of steps >= 1, a fraction of the schedule in (0, 1), or null for never")
             if self.interval == 0 or self.interval > 1 and self.interval != int(self.interval):
                 raise ValueError(f"NegativeSpec: interval must be a whole number of steps >= 1 or a fraction in (0, 1), got {self.interval!r}")
-        _number("NegativeSpec: decay", self.decay, 0, 1 - 1e-12, "in [0, 1) (for a negative that never moves set interval to null)")
-        _number("NegativeSpec: start_mix", self.start_mix, 0, 1, "in [0, 1]")
+        checked_number("NegativeSpec: decay", self.decay, 0, "in [0, 1) (for a negative that never moves set interval to null)", high=1 - 1e-12)
+        checked_number("NegativeSpec: start_mix", self.start_mix, 0, "in [0, 1]", high=1)
 
     def steps(self, schedule: int | None = None,  # steps of the whole training
               ) -> int | None:
@@ -272,7 +265,7 @@ class ResidualTrigger:
     "Fires while the mean deviation of twice the residual exceeds tau, over the images of all processes."
 
     def __init__(self, tau: float = 0.022):  # in image units; strict comparison
-        self.tau = _number("ResidualTrigger: tau", tau, 0, math.inf, "a number >= 0")
+        self.tau = checked_number("ResidualTrigger: tau", tau, 0, "a number >= 0")
 
     def measure(self, out: Tensor,  # (B,C,H,W)
                 gt: Tensor,  # (B,C,H,W)
@@ -314,8 +307,8 @@ class CalibratedWeight(nn.Module):
                  batches: int = 5,  # measured for the calibration
                  check_every: int = 50):  # steps between two looks at the ratio
         super().__init__()
-        _number("SPN: lam", lam, 0, math.inf, "a number >= 0")
-        _number("SPN: rho", 1.0 if rho is None else rho, 1e-12, 1, "in (0, 1]")
+        checked_number("SPN: lam", lam, 0, "a number >= 0")
+        checked_number("SPN: rho", 1.0 if rho is None else rho, 1e-12, "in (0, 1]", high=1)
         for name, value, low in (("warmup", warmup, 0), ("batches", batches, 1), ("check_every", check_every, 1)):
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"SPN: {name} must be an integer >= {low}, got {value!r}")
@@ -586,7 +579,7 @@ def _ring(adaptive: float | Mapping[str, float] | None) -> tuple[ResidualTrigger
     given = dict(adaptive) if isinstance(adaptive, Mapping) else {"tau": adaptive}
     if unknown := set(given) - {"tau", "decay"}:
         raise ValueError(f"SPN: adaptive has tau and decay, not {sorted(unknown)}")
-    decay = _number("SPN: adaptive decay", given.get("decay", 0.001), 0, 1 - 1e-12, "in [0, 1)")
+    decay = checked_number("SPN: adaptive decay", given.get("decay", 0.001), 0, "in [0, 1)", high=1 - 1e-12)
     return ResidualTrigger(given.get("tau", 0.022)), decay
 
 # %% ../../nbs/strategies/23_spn.ipynb #8fc6a699
@@ -604,7 +597,7 @@ class CR(Strategy):
                  eps: float = 1e-7,  # added to the distance to the negative
                  seed: int = 0):  # unused; every strategy takes one
         super().__init__(net, seed=seed)
-        self.weight, self.eps = _number("CR: weight", weight, 0, math.inf, "a number >= 0"), _number("CR: eps", eps, 1e-12, math.inf, "a number > 0")
+        self.weight, self.eps = checked_number("CR: weight", weight, 0, "a number >= 0"), checked_number("CR: eps", eps, 1e-12, "a number > 0")
         self.loss, self.distance = pick_loss(loss), FeatureDistance(feature_extractor(extractor), weights)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:

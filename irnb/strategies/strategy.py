@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 # %% auto #0
 __all__ = ['LOSSES', 'mix_seed', 'Strategy', 'l1', 'mse', 'charbonnier', 'psnr_loss', 'Supervised', 'pick_loss', 'pixel_loss',
-           'ToyNet', 'surrogate', 'Frozen', 'tensors_of', 'follow_tensors', 'ContractError', 'toy_batch', 'contract']
+           'ToyNet', 'surrogate', 'checked_number', 'Frozen', 'tensors_of', 'follow_tensors', 'ContractError',
+           'toy_batch', 'contract']
 
 # %% ../../nbs/strategies/20_strategy.ipynb #67c08742
 def mix_seed(*parts: int,  # integers of any size, such as (seed, step, call)
@@ -198,6 +199,20 @@ def surrogate(value: Tensor,  # scalar to show, such as the task loss
     "A loss whose gradient is the given direction."
     terms = [((p - p.detach()) * g.detach()).sum() for p, g in zip(parameters, directions, strict=True)]
     return value.detach() + sum(terms[1:], terms[0]) if terms else value.detach()
+
+# %% ../../nbs/strategies/20_strategy.ipynb #num0aa02
+def checked_number(where: str,  # what is given, for the message
+                   value: Any,  # what was given
+                   low: float,  # least value
+                   text: str,  # what it must be, for the message
+                   *, high: float = math.inf,  # greatest value
+                   above: bool = False,  # `low` itself is refused
+                   ) -> float:  # the value
+    "A finite number in its range, or ValueError; YAML reads 1e-3 as text, which is caught here."
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and (value > low if above else value >= low) and value <= high
+    if not good:
+        raise ValueError(f"{where} must be {text}, got {value!r}" + (" (in YAML write 1.0e-3, with the point)" if isinstance(value, str) else ""))
+    return value
 
 # %% ../../nbs/strategies/20_strategy.ipynb #454ea9ae
 class Frozen(nn.Module):

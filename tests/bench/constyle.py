@@ -1,30 +1,9 @@
 """ConStyle: the step against the same graph with the pixel loss alone, by counted operations; InfoNCE with the released queue; what the encoder costs at test."""
 from __future__ import annotations
 
-import time
+from tests.bench._timing import best_seconds, flops
 
 BATCH, SIDE, COLUMNS = 8, 128, 65760
-
-
-def _best(works: dict, sync, clock, rounds: int) -> dict[str, float]:
-    "Least seconds of each function, called in turn."
-    best = dict.fromkeys(works, float("inf"))
-    for i in range(rounds + 1):
-        for name, work in works.items():
-            sync()
-            start = clock()
-            work()
-            sync()
-            if i:
-                best[name] = min(best[name], clock() - start)
-    return best
-
-
-def _flops(work) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 def _peak(work, device) -> int:
@@ -73,7 +52,7 @@ def _network(name: str, spec: dict, device):
         return build(**spec).to(device)
 
 
-def _case(name: str, spec: dict, device, sync, clock, rounds: int) -> list[dict]:
+def _case(name: str, spec: dict, device, rounds: int) -> list[dict]:
     import torch
     from irnb.strategies.constyle import IRConStyle
     from irnb.strategies.strategy import Supervised
@@ -83,24 +62,24 @@ def _case(name: str, spec: dict, device, sync, clock, rounds: int) -> list[dict]
     for preset in ("official", "corrected"):
         strategy = IRConStyle(net, preset=preset, queue_size=COLUMNS).to(device)
         codes = [torch.randn(BATCH, strategy.query.code_dim, generator=g).to(device) for _ in range(2)]
-        best = _best({"constyle": lambda: _step(strategy, batch), "l1": lambda: _step(plain, batch), "nce": _contrast(strategy, *codes)}, sync, clock, rounds)
-        counted = _flops(lambda: _step(strategy, batch)) / _flops(lambda: _step(plain, batch))
+        best = best_seconds({"constyle": lambda: _step(strategy, batch), "l1": lambda: _step(plain, batch), "nce": _contrast(strategy, *codes)}, device, rounds)
+        counted = flops(lambda: _step(strategy, batch)) / flops(lambda: _step(plain, batch))
         ratio = best["constyle"] / best["l1"] / counted
         rows.append({"name": f"ConStyle {preset} step / L1 step, over the ratio of counted operations {counted:.3f} {where}", "ours_s": best["constyle"], "reference_s": best["l1"] * counted,
                      "ratio": ratio, "bound": 1.1, "ok": ratio <= 1.1})
         share = best["nce"] / best["constyle"]
         rows.append({"name": f"InfoNCE {preset} with {COLUMNS} columns / ConStyle step {where}", "ours_s": best["nce"], "reference_s": best["constyle"], "ratio": share, "bound": 0.05, "ok": share <= 0.05})
-    return rows + _inference(net, batch["degraded"][:1], where.replace(f"{BATCH}x3", "1x3"), device, sync, clock, rounds)
+    return rows + _inference(net, batch["degraded"][:1], where.replace(f"{BATCH}x3", "1x3"), device, rounds)
 
 
-def _inference(net, x, where: str, device, sync, clock, rounds: int) -> list[dict]:
+def _inference(net, x, where: str, device, rounds: int) -> list[dict]:
     "The whole restorer over its graph alone (codes and maps given), in time against the count, and in peak memory."
     import torch
     net.eval()
     with torch.no_grad():
         cond = net.encode(x)
         whole, graph = lambda: net(x), lambda: net.restore(x, cond)
-        best, counted = _best({"whole": whole, "graph": graph}, sync, clock, 2 * rounds), _flops(whole) / _flops(graph)
+        best, counted = best_seconds({"whole": whole, "graph": graph}, device, 2 * rounds), flops(whole) / flops(graph)
         memory = _peak(whole, device), _peak(graph, device)
     net.train()
     ratio = best["whole"] / best["graph"] / counted
@@ -114,11 +93,10 @@ def ratios() -> list[dict]:
     from irnb.training import pick_device
     device = pick_device("auto")
     cuda = device.type == "cuda"
-    sync, clock = (torch.cuda.synchronize, time.perf_counter) if cuda else (lambda: None, time.process_time)  # on a CPU processor time of one thread, since others may use it
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     paper = {"name": "ConStyleNAFNet"} | ({"preset": "paper"} if cuda else {"dim": 16, "left": [1, 1, 1], "bottom": 1, "right": [1, 1, 1]})
     try:
-        return _case("ConStyleNAFNet of the paper" if cuda else "ConStyleNAFNet d = 16, 1 block a level, the paper's encoder", paper, device, sync, clock, 12 if cuda else 6)
+        return _case("ConStyleNAFNet of the paper" if cuda else "ConStyleNAFNet d = 16, 1 block a level, the paper's encoder", paper, device, 12 if cuda else 6)
     finally:
         torch.set_num_threads(threads)

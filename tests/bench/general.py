@@ -1,26 +1,10 @@
 """What the encoder of ConStyle adds to a restoration, in time and in peak memory, over the same graph without it."""
 from __future__ import annotations
 
-import time
+from tests.bench._timing import best_seconds
 
 CASES = (("ConStyleNAFNet", "paper"), ("ConStyleRestormer", "paper"))
 BOUND = 1.1  # the encoder is 1.5 % of the multiply-accumulates of NAFNet's graph, and its maps are a few channels at full size
-
-
-def _best(works: dict, rounds: int, sync) -> dict[str, float]:
-    "Best seconds of each work, interleaved; on a CPU processor time of one thread, since others may use it."
-    clock, best = (time.process_time if sync is None else time.perf_counter), dict.fromkeys(works, float("inf"))
-    for i in range(rounds + 1):
-        for name, work in works.items():
-            if sync:
-                sync()
-            start = clock()
-            work()
-            if sync:
-                sync()
-            if i:  # the first round warms up
-                best[name] = min(best[name], clock() - start)
-    return best
 
 
 def _peak_bytes(work, device) -> int:
@@ -49,8 +33,7 @@ def _case(name: str, preset: str, side: int, rounds: int, device) -> list[dict]:
     x = torch.rand(1, 3, side, side, device=device)
     with torch.inference_mode():
         cond = net.encode(x)
-        sync = torch.cuda.synchronize if device.type == "cuda" else None
-        best = _best({"whole": lambda: net(x), "graph": lambda: net.restore(x, cond), "encoder": lambda: net.encode(x)}, rounds, sync)
+        best = best_seconds({"whole": lambda: net(x), "graph": lambda: net.restore(x, cond), "encoder": lambda: net.encode(x)}, device, rounds)
         peaks = [_peak_bytes(lambda: n(x), device) for n in (net, bare)]
     share = 1 + count_macs(net.ConStyle.encoder_q, (side, side), channels=3) / count_macs(bare, (side, side))
     label, ratio, memory = f"{name} {preset}, {side} px", best["whole"] / best["graph"], peaks[0] / peaks[1]

@@ -1,33 +1,9 @@
 """Noise-DA's step against its counted operations (two plain steps and the denoiser on two batches), and the deployed network against the plain one."""
 from __future__ import annotations
 
-import time
+from tests.bench._timing import best_seconds, flops
 
 CASES = (("UNet", "tiny", "tiny"), ("UNet", "tiny", "nano"), ("NAFNet", "tiny", "nano"))
-
-
-def _best(works: dict, device, rounds: int = 24) -> dict[str, float]:
-    "Seconds of each work, interleaved, best of many; on a CPU processor time of one thread, since others may use it."
-    import torch
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    best = dict.fromkeys(works, float("inf"))
-    for i in range(rounds):
-        for name, work in works.items():
-            sync()
-            start = clock()
-            work()
-            sync()
-            if i > 1:
-                best[name] = min(best[name], clock() - start)
-    return best
-
-
-def _flops(work) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 def _step(strategy, batch):
@@ -64,7 +40,7 @@ def _rows(network: str, preset: str, denoiser: str, device) -> list[dict]:
         net = build(network, preset=preset).to(device)
     strategy, plain = NoiseDA(net, denoiser=denoiser).to(device), Supervised(net, "charbonnier")
     works = {"ours": _step(strategy, batch), "plain": _step(plain, batch), "denoiser": _denoiser(strategy, batch)}
-    best, count = _best(works, device), {k: _flops(w) for k, w in works.items()}
+    best, count = best_seconds(works, device, rounds=24, warmup=2), {k: flops(w) for k, w in works.items()}
     what = f"Noise-DA (G {network} {preset}, D {denoiser}, 8x3x48x48)"
     pairs = {f"step time / two plain steps and D twice: {what}": (best["ours"], 2 * best["plain"] + best["denoiser"]),
              f"step operations / counted ones: {what}": (count["ours"], 2 * count["plain"] + count["denoiser"])}
@@ -80,8 +56,8 @@ def _inference(strategy, net, x, what: str, device) -> dict:
     def run(module):
         return module(x)
     shipped = strategy.restorer()
-    best = _best({"ours": lambda: run(shipped), "plain": lambda: run(net)}, device, rounds=40)
-    same = shipped is net and _flops(lambda: run(shipped)) == _flops(lambda: run(net))
+    best = best_seconds({"ours": lambda: run(shipped), "plain": lambda: run(net)}, device, rounds=40, warmup=2)
+    same = shipped is net and flops(lambda: run(shipped)) == flops(lambda: run(net))
     ratio = best["ours"] / best["plain"]
     return {"name": f"inference of what ships / plain network: {what}", "ours_s": best["ours"], "reference_s": best["plain"], "ratio": ratio, "bound": 1.05, "ok": same and ratio <= 1.05}
 

@@ -1,25 +1,9 @@
 """RCL's pre-training step over a Supervised step on as many crops of the same size, against the count of operations (sorting included), and the peers beside it."""
 from __future__ import annotations
 
-import time
+from tests.bench._timing import best_seconds
 
 PICTURES, CROP = 16, 48
-
-
-def _seconds(works: dict, sync, rounds: int) -> dict[str, float]:
-    "Best of many, interleaved; on a CPU processor time of one thread, since others may use it."
-    import torch
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    best = dict.fromkeys(works, float("inf"))
-    for i in range(rounds + 1):
-        for name, work in works.items():
-            sync()
-            start = clock()
-            work()
-            sync()
-            if i:
-                best[name] = min(best[name], clock() - start)
-    return best
 
 
 def _step(strategy, batch):
@@ -46,7 +30,6 @@ def ratios(rounds: int = 6) -> list[dict]:
     from irnb.strategies.rcl import RCL, rcl_cost
     from irnb.training import pick_device
     device, rows, threads = pick_device("auto"), [], torch.get_num_threads()
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     noisy = {"degraded": torch.rand(PICTURES, 3, 2 * CROP, 2 * CROP, generator=generator).to(device)}
@@ -56,7 +39,7 @@ def ratios(rounds: int = 6) -> list[dict]:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net(pairs["degraded"][:1])
         count = rcl_cost(counter.get_total_flops(), CROP, PICTURES)
-        best = _seconds({"rcl": _step(RCL(net, crop=CROP), noisy), "plain": _step(Supervised(net), pairs)}, sync, rounds)
+        best = best_seconds({"rcl": _step(RCL(net, crop=CROP), noisy), "plain": _step(Supervised(net), pairs)}, device, rounds)
         ratio = best["rcl"] / (best["plain"] * count)
         rows.append({"name": f"RCL step / (Supervised step x {count:.3f} counted): {kind} tiny, {PICTURES} pictures, two crops of {CROP} px", "ours_s": best["rcl"],
                      "reference_s": best["plain"] * count, "plain_s": best["plain"], "ratio": ratio, "bound": 1.1, "ok": ratio <= 1.1})
