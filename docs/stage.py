@@ -160,8 +160,8 @@ def figures(cell) -> int:
     return sum(any(kind.startswith("image/") for kind in output.get("data", {})) for output in cell.get("outputs", []))
 
 
-def outputs(cell, names: Names, here: str) -> list:
-    "Outputs without widgets, which need a kernel, and with links in Markdown."
+def outputs(cell, origin: Path, out: Path, names: Names, here: str) -> list:
+    "Outputs without widgets, which need a kernel; Markdown ones with the site's links and copied pictures, as in prose."
     kept = []
     for output in cell.outputs:
         data = output.get("data", {})
@@ -170,7 +170,7 @@ def outputs(cell, names: Names, here: str) -> list:
             kept.append(nbformat.v4.new_output("display_data", data={"text/markdown": text, "text/plain": text}))
             continue
         if "text/markdown" in data:
-            data["text/markdown"] = outside_fences("".join(data["text/markdown"]), lambda part: linked(part, names, here))
+            data["text/markdown"] = prose("".join(data["text/markdown"]), origin, out, names, here)
         kept.append(output)
     return kept
 
@@ -198,7 +198,7 @@ def notebook(path: Path, out: Path, names: Names, ids: set[str] = frozenset(), e
         cell.metadata = nbformat.from_dict({"tags": tags})
         if figures(cell):
             cell.metadata["mystnb"] = {"image": {"alt": alternative(cell, before)[0]}}
-        cell.source, cell.outputs = code, outputs(cell, names, here)
+        cell.source, cell.outputs = code, outputs(cell, path, out, names, here)
         cells.append(cell)
     nb.cells = cells + ([nbformat.v4.new_markdown_cell(extra)] if extra else [])
     target = out / staged(path)
