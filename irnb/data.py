@@ -498,7 +498,7 @@ def _fill(free: list, wanted: Mapping[str, int | float], total: int) -> dict[str
     raise ValueError(f"split: could not fill {got} with whole scenes from {sum(len(n) for _, n in free)} free "
                      f"pictures in {len(free)} scenes ({total} in all); ask for less or add pictures")
 
-# %% ../nbs/03_data.ipynb #dfa39278
+# %% ../nbs/03_data.ipynb #a0d2266b
 PHOTOGRAPH_SPLIT: dict[str, tuple[str, ...]] = {
     "train": ("brick", "grass", "gravel", "hubble_deep_field", "moon", "motorcycle_left", "motorcycle_right", "page",
               "retina"),

@@ -737,7 +737,7 @@ def _positions(columns: Sequence[tuple[str, bool, list[str]]], gap: float = 0.35
     split = sum(seen for _, seen, _ in columns)
     return [k + (gap if split and k >= split else 0) for k in range(len(columns))]
 
-# %% ../nbs/31_evaluation.ipynb #44b08129
+# %% ../nbs/31_evaluation.ipynb #4ffe02e7
 def _draw_cell(ax: Any, x: float, y: int, row: Row | None, is_reference: bool, colours: Any, digits: int) -> None:
     "One cell of the map: absolute value for the reference, else gain, interval and colour; hatched if not measured."
     from matplotlib.patches import Rectangle
@@ -751,12 +751,12 @@ def _draw_cell(ax: Any, x: float, y: int, row: Row | None, is_reference: bool, c
     ax.text(x + .5, y + .38, _signed(row["gain"], digits), ha="center", va="center", fontsize=10, color=_ink(face),
             weight="bold" if clear else "normal")
     interval = f"[{_signed(row['low'], digits)}, {_signed(row['high'], digits)}]"
-    ax.text(x + .5, y + .74, interval, ha="center", va="center", fontsize=6.5, color=_ink(face))
+    ax.text(x + .5, y + .74, interval, ha="center", va="center", fontsize=8, color=_ink(face))
 
 def _draw_bracket(ax: Any, left: float, right: float, label: str) -> None:
     "A bracket with a label above the columns from `left` to `right`."
     left, right = left + .05, right - .05
-    ax.plot([left, left, right, right], [-.08, -.2, -.2, -.08], color="black", lw=1.2, clip_on=False)
+    ax.plot([left, left, right, right], [-.08, -.2, -.2, -.08], ls="-", marker="", color="black", lw=1.2, clip_on=False)
     ax.text((left + right) / 2, -.28, label, ha="center", va="bottom", fontsize=10)
 
 # %% ../nbs/31_evaluation.ipynb #ee91ac88
@@ -805,7 +805,7 @@ def generalisation_map(
     if not limit > 0: raise ValueError(f"limit must be > 0, got {limit}")
     return _draw_map(cells, wanted, columns, limit, metric, title)
 
-# %% ../nbs/31_evaluation.ipynb #fd681d7d
+# %% ../nbs/31_evaluation.ipynb #fd6b2f7a
 def _draw_map(
     cells: Mapping[tuple, Row], strategies: list[str], columns: list, limit: float, metric: str, title: str | None,
 ) -> Figure:
@@ -814,7 +814,7 @@ def _draw_map(
     from matplotlib.colors import Normalize
     unit, digits = ("dB", 2) if metric == "psnr" else (metric.upper(), 4)
     colours = ScalarMappable(Normalize(-limit, limit), "PuOr")
-    figure = _figure(3.0 + 1.02 * len(columns), 1.7 + .56 * len(strategies))
+    figure = _figure(3.0 + 1.12 * len(columns), 1.7 + .56 * len(strategies))
     ax = figure.add_subplot()
     for y, strategy in enumerate(strategies):
         for x, (name, seen, _) in zip(_positions(columns), columns):
@@ -828,7 +828,7 @@ def _draw_map(
     size = " to ".join(f"{i} images x {s} seed{'s' * (s != 1)}" for i, s in dict.fromkeys((sizes[0], sizes[-1])))
     ax.set_title(f"{title or 'Generalisation map'}\n", fontsize=11, pad=2)
     note = f"{metric.upper()}, mean over {size}; brackets: 95 % bootstrap; bold: excludes 0 (not corrected for many)"
-    figure.supxlabel(note, fontsize=7.5)
+    figure.supxlabel(note, fontsize=8)
     return _freeze(figure)
 
 # %% ../nbs/31_evaluation.ipynb #0cc0797b

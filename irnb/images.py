@@ -771,7 +771,7 @@ def _array(image: Tensor) -> np.ndarray:
         raise ValueError(f"show: expected (1, H, W) or (3, H, W), got {tuple(image.shape)}; pass one image at a time")
     return image.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
 
-# %% ../nbs/00_images.ipynb #82e9459a
+# %% ../nbs/00_images.ipynb #f48ba5d2
 def _figure(width: float, height: float):
     "A figure that notebooks display whether or not pyplot was imported, and that pyplot does not keep alive."
     import io
@@ -779,7 +779,7 @@ def _figure(width: float, height: float):
 
     class Shown(Figure):
         def _repr_png_(self) -> bytes:
-            self.savefig(buffer := io.BytesIO(), format="png", bbox_inches="tight")
+            self.savefig(buffer := io.BytesIO(), format="png", dpi="figure", bbox_inches="tight")
             return buffer.getvalue()
 
     return Shown(figsize=(width, height), dpi=80, layout="constrained")
@@ -839,12 +839,12 @@ def show_crops(
         _error_maps(figure, axes[1, 1:], crops.values(), _array(reference)[top : top + h, left : left + w], limit)
     return figure
 
-# %% ../nbs/00_images.ipynb #ecd56dc1
+# %% ../nbs/00_images.ipynb #3d9560bf
 def _error_maps(figure, axes, crops, truth: np.ndarray, limit: float | None) -> None:
     "|crop - truth|, the largest over channels, in grey levels, on one labelled scale."
     maps = [255 * np.abs(crop - truth).max(-1) for crop in crops]
     limit = limit or max(max(float(np.percentile(m, 99.5)) for m in maps), 1.0)
     for ax, m in zip(axes, maps):
         shown = ax.imshow(m, cmap="cividis", vmin=0, vmax=limit, interpolation="nearest")
-        ax.set_title(f"mean {m.mean():.1f}", fontsize=8)
+        ax.set_title(f"mean {m.mean():.1f}", fontsize=9)
     figure.colorbar(shown, ax=list(axes), label="|error| [1/255]", fraction=0.04)
