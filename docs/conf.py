@@ -24,7 +24,7 @@ exclude_patterns = ["files"]
 
 html_theme = "furo"
 html_title = "irnb"
-html_static_path = ["static"]
+html_static_path, html_js_files = ["static"], ["search_math.js"]
 html_css_files = ["irnb.css"]
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
 html_baseurl = f"{_about['doc_host']}{_about['doc_baseurl']}/"

@@ -864,7 +864,7 @@ def _draw_curve(ax: Any, k: int, name: str, points: Mapping[float, Interval]) ->
     x = sorted(points)
     mean, low, high = np.array([points[v][:3] for v in x]).T
     colour, marker, dash = _COLOURS[k % 7], _MARKERS[k % 7], ("-", "--", ":")[k // 7 % 3]
-    ax.plot(x, mean, label=name, color=colour, marker=marker, linestyle=dash, markersize=5)
+    ax.plot(x, mean, label=name, color=colour, marker=marker, linestyle=dash, markersize=5, markevery=1)
     ax.fill_between(x, low, high, color=colour, alpha=.15, linewidth=0)
 
 # %% ../nbs/31_evaluation.ipynb #b53ea573

@@ -506,12 +506,14 @@ def experiments(
     raise ExplorerError(f"{results}: holds no result table (table.csv, psnr-*.csv); make one with dvc repro, or pass another folder as results=")
 
 def _reference(folder: Path, rows: Sequence[Row]) -> str:
-    "The strategy that gains are measured against: that of the experiment's parameters, else `supervised`, else the first."
+    "The strategy that a task's gains are measured against: that of the experiment's parameters, else `supervised`, else the first trained one, else the first."
     import yaml
     names, wanted = list(dict.fromkeys(row["strategy"] for row in rows)), "supervised"
     with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
         wanted = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["evaluation"]["reference"]
-    return wanted if wanted in names else names[0]
+    if isinstance(wanted, Mapping): wanted = wanted.get(rows[0]["task"])   # one per task
+    trained = [row["strategy"] for row in rows if row["seed"] != "-"]
+    return wanted if wanted in names else (trained or names)[0]
 
 # %% ../nbs/33_explorer.ipynb #aa4d61e8
 @dataclass(frozen=True)

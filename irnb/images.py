@@ -847,4 +847,4 @@ def _error_maps(figure, axes, crops, truth: np.ndarray, limit: float | None) -> 
     for ax, m in zip(axes, maps):
         shown = ax.imshow(m, cmap="cividis", vmin=0, vmax=limit, interpolation="nearest")
         ax.set_title(f"mean {m.mean():.1f}", fontsize=9)
-    figure.colorbar(shown, ax=list(axes), label="|error| [1/255]", fraction=0.04)
+    figure.colorbar(shown, ax=list(axes), label="|error| (1/255)", fraction=0.04)

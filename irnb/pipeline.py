@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['SECTIONS', 'OPTIONAL', 'UNTRAINED', 'ParameterError', 'check_known', 'load_params', 'arms', 'find_class',
-           'run_settings', 'start_of', 'photographs', 'pick_pictures', 'read_corpus', 'synthesize', 'read_real',
-           'read_noisy', 'read_pairs', 'halves', 'imported_modules', 'module_closure', 'sources', 'starts', 'prepare',
-           'scaled', 'initial_network', 'validation_psnr', 'open_loader', 'begin_from', 'pretrained_file', 'train_run',
-           'pretrain_run', 'evaluate_run', 'baselines', 'without_perfect', 'training_figure', 'report', 'label_rows',
-           'show_results', 'main']
+__all__ = ['SECTIONS', 'OPTIONAL', 'UNTRAINED', 'ParameterError', 'check_known', 'load_params', 'arms', 'reference_of',
+           'find_class', 'run_settings', 'start_of', 'photographs', 'pick_pictures', 'read_corpus', 'synthesize',
+           'read_real', 'read_noisy', 'read_pairs', 'halves', 'imported_modules', 'module_closure', 'sources', 'starts',
+           'prepare', 'scaled', 'initial_network', 'validation_psnr', 'open_loader', 'begin_from', 'pretrained_file',
+           'train_run', 'pretrain_run', 'evaluate_run', 'baselines', 'without_perfect', 'training_figure', 'report',
+           'label_rows', 'show_results', 'main']
 
-# %% ../nbs/32_pipeline.ipynb #021f6651
+# %% ../nbs/32_pipeline.ipynb #688995cf
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "corpus": ("directory", "min_side", "groups", "train", "validation", "test", "real", "pairs", "noisy"),
+    "corpus": ("directory", "min_side", "groups", "train", "validation", "test", "unpaired", "real", "pairs", "noisy"),
     "patches": ("size", "stride", "per_image"),
     "benchmark": ("crop", "seed"),
     "run": ("tasks", "strategies", "seeds", "more", "pretrain"),
@@ -62,7 +62,7 @@ def check_known(values: Any,  # what was given, should be a mapping
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ParameterError(f"{where}: unknown parameter {name!r}; {hint}known: {', '.join(sorted(known))}")
 
-# %% ../nbs/32_pipeline.ipynb #388bb7f6
+# %% ../nbs/32_pipeline.ipynb #cf172b54
 def load_params(path: str | Path = "params.yaml",  # the file
                 ) -> dict[str, Any]:
     "Read the parameters and check names; raises ParameterError with the file, the name and the remedy."
@@ -92,6 +92,8 @@ def _check_run(params: Mapping[str, Any], path: str) -> None:
     for name in params["evaluation"].get("tuned") or ():
         if name not in params["strategies"]:
             raise ParameterError(f"{path}: evaluation.tuned names {name!r}, but strategies has {sorted(params['strategies'])}")
+    if params["corpus"].get("unpaired") and params["corpus"].get("real"):
+        raise ParameterError(f"{path}: corpus.unpaired picks training pictures for a simulated target domain, corpus.real is a real one; leave one of them out")
     for part, matrix in (("", params["run"]), (".more", params["run"]["more"]), (".pretrain", params["run"]["pretrain"])):
         check_known({k: v for k, v in matrix.items() if k not in ("seeds", "more", "pretrain")}, ["tasks", "strategies"], f"{path}: run{part}")
         for name in matrix["strategies"]:
@@ -99,6 +101,9 @@ def _check_run(params: Mapping[str, Any], path: str) -> None:
                 raise ParameterError(f"{path}: a strategy may not be called {name!r}, which is a row that needs no training; rename the entry")
             if name not in params["strategies"]:
                 raise ParameterError(f"{path}: run{part}.strategies names {name!r}, but strategies has {sorted(params['strategies'])}")
+    for task_name, names in arms(params).items():
+        if (name := reference_of(params, task_name)) not in (*names, *UNTRAINED):
+            raise ParameterError(f"{path}: evaluation.reference: {name!r} is not trained on {task_name!r}, which has {names}; one name for all tasks, or a mapping of tasks to names")
 
 
 def arms(params: Mapping[str, Any],  # from `load_params`
@@ -109,6 +114,14 @@ def arms(params: Mapping[str, Any],  # from `load_params`
         for task_name in matrix["tasks"]:
             found.setdefault(task_name, []).extend(s for s in matrix["strategies"] if s not in found.get(task_name, []))
     return found
+
+
+def reference_of(params: Mapping[str, Any],  # from `load_params`
+                 task_name: str,
+                 ) -> str | None:  # None: a mapping without that task
+    "The strategy that a task's gains are measured against: `evaluation.reference`, one name or a mapping of tasks to names."
+    reference = params["evaluation"]["reference"]
+    return reference.get(task_name) if isinstance(reference, Mapping) else reference
 
 # %% ../nbs/32_pipeline.ipynb #7ec766e5
 def find_class(dotted: str,  # such as "irnb.strategies.Supervised"
@@ -198,7 +211,7 @@ def read_corpus(params: Mapping[str, Any],  # from `load_params`
     require_disjoint(**parts)
     return parts
 
-# %% ../nbs/32_pipeline.ipynb #b9290d9b
+# %% ../nbs/32_pipeline.ipynb #adfcb354
 def synthesize(params: Mapping[str, Any],  # from `load_params`
                out: str | Path = "build/synthetic",  # folder; one folder per task inside
                ) -> None:
@@ -209,7 +222,7 @@ def synthesize(params: Mapping[str, Any],  # from `load_params`
     for name in dict.fromkeys([*arms(params), *params["run"]["pretrain"]["tasks"]]):
         folder, the_task, train, unpaired = Path(out, name), task(name), parts["train"], real
         if real is None and the_task.real is not None:
-            train, simulated = halves(train)
+            train, simulated = halves(train, params["corpus"].get("unpaired"))
             unpaired = real_pictures(simulated, the_task, seed=settings["seed"])
         if unpaired is not None:
             write_patches(unpaired, folder / "real", **options)
@@ -274,15 +287,19 @@ def read_pairs(params: Mapping[str, Any],  # from `load_params`
     except (ValueError, OSError) as error:
         raise ParameterError(f"corpus.pairs: {error}") from error
 
-# %% ../nbs/32_pipeline.ipynb #50879bdf
+# %% ../nbs/32_pipeline.ipynb #f219d771
 def halves(corpus: Any,  # a Corpus
-           ) -> tuple[Any, Any]:  # two corpora of every second scene
-    "Divide by scene, so that the unpaired pictures show other things than the pairs."
+           unpaired: Sequence[str] | None = None,  # names or patterns of the second part, whose scenes are taken whole; None: every second scene
+           ) -> tuple[Any, Any]:  # two corpora: for the pairs, and for the target domain
+    "Divide by scene, so that the unpaired pictures show other things than the pairs; raises ParameterError if one part would be empty."
     scenes = sorted({item.group for item in corpus})
     if len(scenes) < 2:
         raise ParameterError(f"an unpaired task needs training pictures of at least two scenes, the corpus has {len(scenes)}; add pictures to corpus.train")
-    first = set(scenes[::2])
-    return tuple(corpus.subset([i.name for i in corpus if (i.group in first) == side]) for side in (True, False))
+    named = None if unpaired is None else set(pick_pictures(corpus.names, unpaired, "unpaired"))
+    second = set(scenes[1::2]) if named is None else {item.group for item in corpus if item.name in named}
+    if not 0 < len(second) < len(scenes):
+        raise ParameterError(f"corpus.unpaired: {list(unpaired)} takes {len(second)} of the {len(scenes)} scenes of corpus.train; take at least one and leave at least one for the pairs")
+    return tuple(corpus.subset([i.name for i in corpus if (i.group in second) == side]) for side in (False, True))
 
 # %% ../nbs/32_pipeline.ipynb #d712296d
 def _module_file(module: str) -> Path | None:
@@ -660,45 +677,54 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writerows(rows)
     return text.getvalue()
 
-# %% ../nbs/32_pipeline.ipynb #d6ece822
+# %% ../nbs/32_pipeline.ipynb #334b767b
 def training_figure(curves: Sequence[Mapping[str, str]],  # rows with run, strategy, step and one column per quantity
                     names: Mapping[str, str] = {"task_loss": "training task loss", "psnr_seen": "validation PSNR, seen (dB)"},  # column -> axis label
                     ) -> Any:  # Figure
-    "Training curves: one panel per quantity, one line per run, one colour per strategy."
+    "Training curves: one panel per quantity, one line per run; the runs of a strategy look alike."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 2.8), squeeze=False, layout="constrained")
-    strategies, runs = (list(dict.fromkeys(row[k] for row in curves)) for k in ("strategy", "run"))
-    for ax, (name, label) in zip(axes[0], names.items()):
-        for i, run in enumerate(runs):
-            rows = [r for r in curves if r["run"] == run and r.get(name)]
-            if rows:
-                ax.plot([int(r["step"]) for r in rows], [float(r[name]) for r in rows], ("-", "--", ":", "-.")[i % 4], alpha=.8,
-                        color=f"C{strategies.index(rows[0]['strategy'])}", marker="o" if len(rows) < 12 else None, ms=3, label=run.split(" ", 1)[1])
-        ax.set(xlabel="step", ylabel=label)
-    axes[0][0].legend(frameon=False, fontsize=8)
+    with plt.style.context("irnb.irnb"):
+        fig, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.2), squeeze=False)
+        looks, strategies = list(plt.rcParams["axes.prop_cycle"]), list(dict.fromkeys(row["strategy"] for row in curves))
+        for ax, (name, label) in zip(axes[0], names.items()):
+            for run in dict.fromkeys(row["run"] for row in curves):
+                rows = [r for r in curves if r["run"] == run and r.get(name)]
+                if rows:
+                    strategy = rows[0]["strategy"]
+                    ax.plot([int(r["step"]) for r in rows], [float(r[name]) for r in rows], alpha=.8, label=strategy,
+                            **looks[strategies.index(strategy) % len(looks)] | ({"markevery": 1} if len(rows) < 12 else {}))
+            ax.set(xlabel="step", ylabel=label)
+        handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
+        fig.legend(handles.values(), handles, loc="outside lower center", ncols=min(6, max(1, len(handles))))
     return fig
 
-# %% ../nbs/32_pipeline.ipynb #57d930ed
+# %% ../nbs/32_pipeline.ipynb #27c85e4c
 def _figures(params: Mapping[str, Any], task_name: str, rows: Sequence[Mapping[str, Any]], curve_rows: Sequence[Mapping[str, str]], out: Path) -> None:
-    "The generalisation map, the metric against the setting, the gallery, the training curves, and the restored pictures."
+    "The generalisation map, the metric against the setting, the gallery and the training curves, all in the style of irnb."
     import matplotlib
     matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
     from irnb.evaluation import curves, gallery, generalisation_map, save_figure
-    from irnb.images import write_image
-    settings = {"n": params["evaluation"]["bootstrap"]}
     panels = _panels(params, task_name)
-    drawn = {"map": generalisation_map(rows, params["evaluation"]["reference"], **settings), "gallery": gallery(panels),
-             "curves": curves(rows, xlabel=rows[0]["setting"].rsplit("_", 1)[0].replace("_", " ") + " of the degradation"), "training": training_figure(curve_rows)}
-    for name, figure in drawn.items():
-        save_figure(figure, out / f"{task_name}_{name}.png", dpi=55 if name == "gallery" else 120)
-    save_figure(drawn["map"], out / f"{task_name}_map.svg")
-    (out / "restored").mkdir(exist_ok=True)
-    for shown in panels:
-        pictures = {"degraded": shown["degraded"], **{k: shown["restored"][k] for k in arms(params)[task_name]}}
-        for name, picture in pictures.items():
-            write_image(out / "restored" / f"{task_name}_{shown['image'].replace('/', '_')}_{shown['setting']}_{name}.png", picture[0].clamp(0, 1))
+    with plt.style.context("irnb.irnb"):
+        drawn = {"map": generalisation_map(rows, reference_of(params, task_name), n=params["evaluation"]["bootstrap"]), "gallery": gallery(panels),
+                 "curves": curves(rows, xlabel=rows[0]["setting"].rsplit("_", 1)[0].replace("_", " ") + " of the degradation"), "training": training_figure(curve_rows)}
+        for name, figure in drawn.items():
+            save_figure(figure, out / f"{task_name}_{name}.png", dpi=55 if name == "gallery" else 120)
+        save_figure(drawn["map"], out / f"{task_name}_map.svg")
+    _store_restored(panels, task_name, arms(params)[task_name], out / "restored")
 
-# %% ../nbs/32_pipeline.ipynb #6cc78b08
+
+def _store_restored(panels: Sequence[Mapping[str, Any]], task_name: str, strategies: Sequence[str], folder: Path) -> None:
+    "The pictures of the gallery, whole: degraded, and restored by every strategy."
+    from irnb.images import write_image
+    folder.mkdir(exist_ok=True)
+    for shown in panels:
+        pictures = {"degraded": shown["degraded"], **{k: shown["restored"][k] for k in strategies}}
+        for name, picture in pictures.items():
+            write_image(folder / f"{task_name}_{shown['image'].replace('/', '_')}_{shown['setting']}_{name}.png", picture[0].clamp(0, 1))
+
+# %% ../nbs/32_pipeline.ipynb #171585e8
 def report(params: Mapping[str, Any],  # from `load_params`
            out: str | Path | None = None,  # default: results/<experiment>
            ) -> None:
@@ -714,7 +740,7 @@ def report(params: Mapping[str, Any],  # from `load_params`
         everything, training = everything + rows, training + curve_rows
         metrics[task_name] = _metrics(rows)
         left_out = [f"Left out, since a degradation did not touch them (infinite PSNR): {', '.join(perfect)}."] if perfect else []
-        text += [f"### {task_name}", *left_out, markdown_table(summary(rows)), _gain_text(rows, params)]
+        text += [f"### {task_name}", *left_out, markdown_table(summary(rows)), _gain_text(rows, reference_of(params, task_name), params["evaluation"]["bootstrap"])]
         _figures(params, task_name, rows, curve_rows, out)
     write_table(out / "table.csv", everything)
     if efficiency := label_rows(params, everything):
@@ -745,13 +771,12 @@ def _setting_means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault((row["task"], row["metric"], row["setting"], row["strategy"]), []).append(row["value"])
     return [dict(zip(("task", "metric", "setting", "strategy"), key)) | {"value": round(sum(v) / len(v), 4)} for key, v in groups.items()]
 
-# %% ../nbs/32_pipeline.ipynb #2a6dcbfa
-def _gain_text(rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> str:
+# %% ../nbs/32_pipeline.ipynb #06af936e
+def _gain_text(rows: Sequence[Mapping[str, Any]], reference: str, n: int) -> str:
     "The gains over the reference as a Markdown table: mean and 95 % interval per setting."
     from irnb.evaluation import gains, markdown_table
-    reference = params["evaluation"]["reference"]
     table: dict[str, dict[str, str]] = {}
-    for row in gains(rows, reference, n=params["evaluation"]["bootstrap"]):
+    for row in gains(rows, reference, n=n):
         if row["strategy"] != reference:
             table.setdefault(row["strategy"], {"strategy": row["strategy"]})[row["setting"]] = f"{row['gain']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
     columns = list(dict.fromkeys(column for cells in table.values() for column in cells))  # tuned rivals have unseen settings only

@@ -349,6 +349,11 @@ def test_the_picture_of_a_cell(tmp_path):
     assert "the picture c is not here" in open_cell(Explorer({"mine": identity}, {"z": picture()}), table, "mine", "sigma_5")
     (tmp_path / "x" / "params.yaml").write_text("evaluation: {reference: mine}")
     assert result_map(tmp_path / "x").reference == "mine" and list(experiments(tmp_path)) == ["x"]
+    (tmp_path / "x" / "params.yaml").write_text("evaluation: {reference: {denoise: mine, camera: other}}")   # one per task
+    assert result_map(tmp_path / "x").reference == "mine"
+    (tmp_path / "x" / "params.yaml").unlink()
+    write_table(tmp_path / "x" / "table.csv", [r | {"strategy": "degraded", "seed": "-"} for r in rows[:3]] + [r | {"strategy": "first"} for r in rows[:3]])
+    assert result_map(tmp_path / "x").reference == "first"   # no `supervised`: the first trained one
     with pytest.raises(ExplorerError, match="no task 'deblur'; it has denoise"):
         result_map(tmp_path / "x", "deblur")
     with pytest.raises(ExplorerError, match="make one with dvc repro"):

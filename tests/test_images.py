@@ -587,7 +587,7 @@ def test_figures_show_what_they_are_given():
     x = torch.rand(3, 20, 30)
     figure = show_crops({"a": x, "b": x * 0.5}, (2, 3, 10, 12), reference=x)
     assert len([ax for ax in figure.axes if ax.images]) == 5
-    assert figure.axes[-1].get_ylabel() == "|error| [1/255]"
+    assert figure.axes[-1].get_ylabel() == "|error| (1/255)"
     figure.savefig(io.BytesIO())
     with pytest.raises(ValueError, match="box"):
         show_crops({"a": x}, (15, 0, 10, 10))

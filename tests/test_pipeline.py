@@ -3,6 +3,7 @@ import ast
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -241,7 +242,7 @@ def test_scales_load_and_name_what_exists(path):
         settings = run_settings(params, name)
         networks.build(**settings["network"])
         assert settings["config"].steps > 0 and settings["crop"] <= params["patches"]["size"]
-    form = lambda values: {k: sorted(set(v) - {"real", "pairs", "groups"}) for k, v in values.items() if k in ("corpus", "patches", "benchmark", "run", "evaluation", "compute")}
+    form = lambda values: {k: sorted(set(v) - {"real", "pairs", "groups", "unpaired"}) for k, v in values.items() if k in ("corpus", "patches", "benchmark", "run", "evaluation", "compute")}
     assert form(params) == form(load_params(SCALES[0]))
 
 
@@ -304,7 +305,6 @@ def change(path, **changes):
     ({"strategies__supervised": {"class": "irnb.strategies.Supervised", "options": {"loss": "l7"}}}, "unknown loss 'l7'"),
     ({"network": {"name": "NAFNot"}}, "NAFNot"), ({"network": {"name": "NAFNet", "widht": 3}}, "widht"), ({"run__tasks": ["denoize"]}, "denoize")])
 def test_wrong_parameters_are_refused_by_the_command(here, capsys, changes, words):
-    import re
     change(here / "params.yaml", **changes)
     task = yaml.safe_load((here / "params.yaml").read_text())
     name = task["run"]["tasks"][0] if isinstance(task["run"], dict) else "denoise"
@@ -366,7 +366,6 @@ def test_a_folder_of_own_pictures_is_one_parameter(here, capsys):
     (lambda here: [picture(here / "mine" / p / "a.png", (70, 70), i) for i, p in enumerate(("train", "val", "test"))], "size|patch|tile")],
     ids=["missing", "empty", "fewer than splits", "same file twice", "smaller than a patch"])
 def test_bad_corpora_are_refused_and_leave_nothing(here, capsys, prepare, words):
-    import re
     prepare(here)
     corpus_params(here)
     assert main(["synthesize"]) == 1
@@ -384,6 +383,42 @@ def test_unpaired_task_gets_real_patches_from_other_scenes(here):
     assert main(["synthesize"]) == 0
     pairs, real = (PatchSet.open(here / "build/synthetic/camera" / name) for name in ("patches", "real"))
     assert not set(pairs.sources) & set(real.sources) and len(pairs.sources) == len(real.sources) == 2
+
+
+def named_scenes(here, **corpus):
+    for i in range(4):
+        picture(here / "mine" / "train" / f"s{i % 3}_{i}.png", seed=i)
+    picture(here / "mine" / "val" / "v.png", seed=8), picture(here / "mine" / "test" / "t.png", seed=9)
+    corpus_params(here, groups=r"train/(s\d)_", **corpus)
+    change(here / "params.yaml", run__tasks=["camera"])
+
+
+def test_the_scenes_of_the_target_domain_can_be_named_and_are_taken_whole(here):
+    from irnb.data import PatchSet
+    named_scenes(here, unpaired=["train/s0_0"])
+    assert main(["synthesize"]) == 0
+    pairs, real = (sorted(Path(s).stem for s in PatchSet.open(here / "build/synthetic/camera" / name).sources) for name in ("patches", "real"))
+    assert pairs == ["s1_1", "s2_2"] and real == ["s0_0", "s0_3"]
+
+
+@pytest.mark.parametrize("corpus, words", [({"unpaired": ["train/*"]}, "takes 3 of the 3 scenes of corpus.train; take at least one and leave at least one for the pairs"),
+                                           ({"unpaired": ["train/s9*"]}, "corpus.unpaired: 'train/s9\\*' matches no usable picture"), ({"unpaired": []}, "takes 0 of the 3 scenes"),
+                                           ({"unpaired": ["train/s0_0"], "real": {"directory": "phone"}}, "corpus.real is a real one; leave one of them out")])
+def test_bad_scenes_of_the_target_domain(here, capsys, corpus, words):
+    named_scenes(here, **corpus)
+    assert main(["synthesize"]) == 1
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_every_task_has_its_reference(here, capsys):
+    change(here / "params.yaml", run__more={"tasks": ["camera"], "strategies": ["dil_sf"]})
+    for reference in ("supervised", {"denoise": "supervised"}, {"denoise": "supervised", "camera": "supervised"}):
+        change(here / "params.yaml", evaluation__reference=reference)
+        assert main(["synthesize"]) == 1
+        assert "is not trained on 'camera', which has ['dil_sf']; one name for all tasks, or a mapping of tasks to names" in capsys.readouterr().err
+    change(here / "params.yaml", evaluation__reference={"denoise": "supervised", "camera": "degraded"})
+    params = pipeline.load_params(here / "params.yaml")
+    assert [pipeline.reference_of(params, t) for t in ("denoise", "camera")] == ["supervised", "degraded"]
 
 
 def real_folder(here, **real):
@@ -418,7 +453,6 @@ def test_real_pictures_come_from_their_own_folder_and_their_ground_truth_is_not_
     (lambda here: None, {"pictrues": ["*"]}, "corpus.real: unknown parameter 'pictrues'")],
     ids=["missing", "empty", "pattern", "smaller than the patch", "shared", "misspelt"])
 def test_bad_real_folders_are_refused(here, capsys, prepare, real, words):
-    import re
     real_folder(here, **real)
     prepare(here)
     assert main(["synthesize"]) == 1
@@ -612,7 +646,6 @@ def test_own_noisy_pictures_of_any_size_and_depth_are_used_as_they_are(here, cap
     (lambda here: change(here / "params.yaml", run__pretrain={"tasks": ["jdd"], "strategies": []}), {}, "raw Bayer mosaics")],
     ids=["missing", "pattern", "shared", "raw"])
 def test_bad_noisy_folders_are_refused(here, capsys, prepare, noisy, words):
-    import re
     noisy_folder(here, **noisy)
     prepare(here)
     assert main(["synthesize"]) == 1

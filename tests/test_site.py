@@ -146,6 +146,10 @@ def test_search_finds_without_a_network(site, tmp_path):
                 assert any(page in (h.get_attribute("href") or "") for h in hits), [h.get_attribute("href") for h in hits]
             b.screenshot(tmp_path / f"search-{start[:4]}.png")
             if start == address:
+                b.get(f"{start}/search.html?q=confounder")  # an excerpt of a page full of formulas
+                b.wait("#search-results .search .context")
+                shown = b.js("[...document.querySelectorAll('#search-results .context')].map(e => e.textContent).join(' ')")
+                assert shown and "\\" not in shown, shown
                 assert b.errors() == []
 
 
