@@ -884,7 +884,8 @@ def curves(
     cells, settings = _select(rows, metric, task)
     lost = [s for s in [*(strategies or ()), *([reference] if reference else ())] if s not in cells]
     if lost: raise ValueError(f"strategies: {lost} not in the table, which has {list(cells)}")
-    figure = _figure(6.4, 3.6)
+    many = len(strategies or cells) > 6
+    figure = _figure(8.2 if many else 6.4, 3.6)
     ax, where = figure.add_subplot(), _setting_positions(settings, positions)
     if ranked := where is None:   # no common parameter: the settings side by side, seen ones first
         where = {s: float(k) for k, s in enumerate(sorted(settings, key=lambda s: not settings[s]))}
@@ -894,7 +895,8 @@ def curves(
     _shade_seen(ax, where, settings, .4 if ranked else 0)
     label = "PSNR (dB)" if metric == "psnr" else metric.upper()
     ax.set(xlabel=xlabel, ylabel=label if reference is None else f"gain over {reference}, {label}")
-    ax.legend(fontsize=8, frameon=False)
+    if many: figure.legend(fontsize=8, frameon=False, loc="outside right center")   # beside the lines, which it would hide
+    else: ax.legend(fontsize=8, frameon=False)
     return _freeze(figure)
 
 # %% ../nbs/31_evaluation.ipynb #a5dc04c8

@@ -698,17 +698,17 @@ def training_figure(curves: Sequence[Mapping[str, str]],  # rows with run, strat
         fig.legend(handles.values(), handles, loc="outside lower center", ncols=min(6, max(1, len(handles))))
     return fig
 
-# %% ../nbs/32_pipeline.ipynb #27c85e4c
+# %% ../nbs/32_pipeline.ipynb #d68fed4a
 def _figures(params: Mapping[str, Any], task_name: str, rows: Sequence[Mapping[str, Any]], curve_rows: Sequence[Mapping[str, str]], out: Path) -> None:
     "The generalisation map, the metric against the setting, the gallery and the training curves, all in the style of irnb."
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from irnb.evaluation import curves, gallery, generalisation_map, save_figure
-    panels = _panels(params, task_name)
+    panels, stems = _panels(params, task_name), {row["setting"].rsplit("_", 1)[0] for row in rows}
     with plt.style.context("irnb.irnb"):
         drawn = {"map": generalisation_map(rows, reference_of(params, task_name), n=params["evaluation"]["bootstrap"]), "gallery": gallery(panels),
-                 "curves": curves(rows, xlabel=rows[0]["setting"].rsplit("_", 1)[0].replace("_", " ") + " of the degradation"), "training": training_figure(curve_rows)}
+                 "curves": curves(rows, xlabel=f"{stems.pop().replace('_', ' ')} of the degradation" if len(stems) == 1 else "setting"), "training": training_figure(curve_rows)}
         for name, figure in drawn.items():
             save_figure(figure, out / f"{task_name}_{name}.png", dpi=55 if name == "gallery" else 120)
         save_figure(drawn["map"], out / f"{task_name}_map.svg")
