@@ -1042,14 +1042,14 @@ def quantities(
     return {g: n for g, n in found.items() if n}
 
 def _draw_quantity(ax: Any, curves: Sequence[Mapping[str, Any]], name: str, strategies: Sequence[str]) -> None:
-    "One quantity: a line per run; a strategy has a colour and a marker, its runs have their dashes."
+    "One quantity: a line per run; a strategy has a colour and a marker (64 pairs), its runs have their dashes."
     seen: dict[str, list[str]] = {s: [] for s in strategies}
     for run in dict.fromkeys(row["run"] for row in curves):
         rows = [row for row in curves if row["run"] == run and name in row]
         if not rows: continue
         k = strategies.index(strategy := rows[0]["strategy"])
         seen[strategy].append(run)
-        ax.plot([r["step"] for r in rows], [r[name] for r in rows], _DASHES[(len(seen[strategy]) - 1) % 4], color=PALETTE[k % 8], marker=_MARKERS[k % 8], ms=4,
+        ax.plot([r["step"] for r in rows], [r[name] for r in rows], _DASHES[(len(seen[strategy]) - 1) % 4], color=PALETTE[k % 8], marker=_MARKERS[(k + k // 8) % 8], ms=4,
                 lw=1.2, markevery=0.12 if len(rows) > 12 else None, label=strategy if len(seen[strategy]) == 1 else None)
     unit = " (dB)" if name.startswith("psnr") else ""
     ax.set(xlabel="step", ylabel=name.replace("_", " ") + unit)

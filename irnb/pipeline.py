@@ -690,9 +690,10 @@ def training_figure(curves: Sequence[Mapping[str, str]],  # rows with run, strat
             for run in dict.fromkeys(row["run"] for row in curves):
                 rows = [r for r in curves if r["run"] == run and r.get(name)]
                 if rows:
-                    strategy = rows[0]["strategy"]
+                    k = strategies.index(strategy := rows[0]["strategy"])
+                    look = looks[k % len(looks)] | {"marker": looks[(k + k // len(looks)) % len(looks)]["marker"]}  # the ninth strategy has the first colour and another marker
                     ax.plot([int(r["step"]) for r in rows], [float(r[name]) for r in rows], alpha=.8, label=strategy,
-                            **looks[strategies.index(strategy) % len(looks)] | ({"markevery": 1} if len(rows) < 12 else {}))
+                            **look | ({"markevery": 1} if len(rows) < 12 else {}))
             ax.set(xlabel="step", ylabel=label)
         handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
         fig.legend(handles.values(), handles, loc="outside lower center", ncols=min(6, max(1, len(handles))))

@@ -535,6 +535,7 @@ def with_pretraining(here, **entry):
     params["train"] |= short
     params["strategies"] |= {"before": {"class": "irnb.strategies.Supervised"}, "after": {"class": "irnb.strategies.Supervised", "start": "before", "train": {"lr": 1e-12, "final_lr": 1e-12}, **entry}}
     params["run"] |= {"tasks": ["denoise"], "strategies": ["after"], "seeds": [0], "pretrain": {"tasks": ["denoise"], "strategies": ["before"]}}
+    params["evaluation"]["reference"] = "degraded"  # what every task has
     (here / "params.yaml").write_text(yaml.safe_dump(params))
     assert main(["synthesize"]) == 0 and main(["sources"]) == 0
 
