@@ -53,7 +53,7 @@ def test_it_ends_with_limits_and_a_use_in_ones_own_code(path):
 
 @every
 def test_it_is_small_enough_to_load_at_once(path):
-    assert path.stat().st_size < 1.25e6
+    assert path.stat().st_size < 1.2e6
 
 
 def test_a_figure_without_words_is_found():
