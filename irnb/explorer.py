@@ -169,13 +169,11 @@ def _colours() -> np.ndarray:
 def png_bytes(
     pixels: np.ndarray,   # uint8: (H, W, 3) RGB, or (H, W) levels, shown from blue (0) to yellow (255)
 ) -> bytes:
-    "A PNG file, exact and fast: the filter `Sub` and Huffman coding without a search for repetitions."
+    "A PNG file, exact and without compression."
     h, w, c = (*pixels.shape, 1)[:3]
-    flat, rows = pixels.reshape(h, -1), np.empty((h, 1 + c * w), np.uint8)
-    rows[:, 0], rows[:, 1:1 + c] = 1, flat[:, :c]
-    np.subtract(flat[:, c:], flat[:, :-c], out=rows[:, 1 + c:])
-    coder = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_HUFFMAN_ONLY)
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2 if c == 3 else 3, 0, 0, 0)), (b"IDAT", coder.compress(rows) + coder.flush()), (b"IEND", b"")]
+    rows = np.zeros((h, 1 + c * w), np.uint8)   # each row begins with its filter, 0: none
+    rows[:, 1:] = pixels.reshape(h, -1)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2 if c == 3 else 3, 0, 0, 0)), (b"IDAT", zlib.compress(rows, 0)), (b"IEND", b"")]
     if c == 1: chunks.insert(1, (b"PLTE", _colours().tobytes()))
     return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(d, zlib.crc32(k))) for k, d in chunks)
 
@@ -695,12 +693,18 @@ def control(
         return _labelled(w, "IntSlider", label, value=int(p.value), **{**ends, "min": math.ceil(p.low), "max": int(p.high), "step": 1})
     return _labelled(w, "FloatSlider", label, value=p.value, readout_format=f".{max(0, -math.floor(math.log10(p.step)))}f", **ends)
 
+# %% ../nbs/33_explorer.ipynb #4fc1c8d9
+def _reuse_memory() -> None:
+    "Let glibc keep freed blocks below 31 MB for the next restoration; elsewhere an allocation without effect."
+    torch.empty(31 << 20, dtype=torch.uint8)
+
 # %% ../nbs/33_explorer.ipynb #393c30d7
 class _View:
     "What all parts of the explorer's view share."
 
     def __init__(self, explorer: Explorer):
         self.w, self.explorer, self.quiet, self.seconds = _widgets(), explorer, False, 0.0
+        _reuse_memory()
         self.note = self.w.HTML().add_class("irnb-note")
         self.columns, self._pool = self.w.Box().add_class("irnb-columns"), []
 

@@ -32,6 +32,7 @@ def execute(path: Path, timeout: int = 600):
     NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     for i, source in kept.items():
         nb.cells[i].source = source
+    nb.metadata.pop("widgets", None)   # their state is worth nothing without the kernel
     return nb
 
 

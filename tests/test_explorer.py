@@ -1,5 +1,6 @@
 """The explorer without a browser: state, pictures, parameters, restorers, map, widgets; curves of runs that are being written; the style of figures."""
 import io
+import platform
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,27 @@ def test_png_is_exact(height, width, seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
     image = Image.open(io.BytesIO(png_bytes(pixels)))
     assert image.format == "PNG" and np.array_equal(np.array(image), pixels)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how other C libraries keep memory is theirs")
+def test_memory_of_layers_is_used_again():
+    code = """
+import resource, torch
+from irnb.explorer import _reuse_memory
+net = torch.nn.Sequential(*[torch.nn.Conv2d(16, 16, 1) for _ in range(8)]).eval()
+x = torch.rand(1, 16, 256, 256)   # 4 MiB
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    with torch.no_grad(): list(map(net, [x] * 4))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+_reuse_memory(); faults()
+print(faults())
+"""
+    before, after = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    print(f"page faults of four restorations: {before} before, {after} after")
+    assert after < 200 and after < before / 5
 
 
 def test_maps_say_what_they_should():

@@ -18,6 +18,7 @@ from tests.notebooks import ROOT
 
 pytestmark = pytest.mark.slow
 TOKEN = "irnb-test"
+KEYS = int(os.environ.get("IRNB_KEYS", 3))   # on the slider; more of them for a measurement
 
 
 def _settings(folder: Path) -> None:
@@ -132,13 +133,13 @@ def test_explorer_in_jupyterlab(tmp_path):
 
         before, head = _pictures(b), b.find(".irnb-head")[1].text
         handle = _slider(b, "sigma /255")
-        taken = [_respond(b, handle, key) for key in (Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.PAGE_DOWN)]
+        taken = [_respond(b, handle, key) for key in [Keys.ARROW_RIGHT] * KEYS]   # every value is a new one: nothing is remembered
         after = _pictures(b)
         assert before[4] != after[4] and before[8] != after[8], "degraded and restored follow the slider"
         assert before[0] == after[0] and b.find(".irnb-head")[1].text != head
-        best = [min(t[k] for t in taken) for k in (1, 2, 3)]
-        print(f"from key to picture: degraded {best[0]} ms, network {best[1]} ms, wavelets {best[2]} ms")
-        assert best[1] < 3000   # generous: the machine may be busy
+        middle = [sorted(t[k] for t in taken)[len(taken) // 2] for k in (1, 2, 3)]
+        print(f"from key to picture, median of {len(taken)} keys: degraded {middle[0]} ms, network {middle[1]} ms, wavelets {middle[2]} ms; each {taken}")
+        assert middle[1] < 3000   # generous: the machine may be busy
 
         unnamed = b.js("[...document.querySelectorAll('.irnb-column img')].filter(i => !(i.alt || i.title)).length")
         assert unnamed == 0, "every picture has a name for screen readers"
