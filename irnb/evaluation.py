@@ -880,7 +880,7 @@ def curves(
     n: int = 2_000,                                  # bootstrap resamples
     seed: int = 0,                                   # of the resampling
 ) -> Figure:
-    "Metric against setting: one line per strategy, its 95 % interval as a band, the seen range shaded."
+    "Metric against setting: one line per strategy, its 95 % interval as a band, the seen range shaded. Raises `ValueError` for a metric, task or strategy that the table lacks."
     cells, settings = _select(rows, metric, task)
     lost = [s for s in [*(strategies or ()), *([reference] if reference else ())] if s not in cells]
     if lost: raise ValueError(f"strategies: {lost} not in the table, which has {list(cells)}")

@@ -532,7 +532,11 @@ def _data_hash(folder: Path, settings: Mapping[str, Any], seed: int) -> str:
 def _dvclive(folder: Path) -> tuple[Callable, Callable]:
     "A logger of curve points and the function that closes it."
     from dvclive import Live
-    live = Live(dir=str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
+    from scmrepo.exceptions import SCMError
+    try:
+        live = Live(dir=str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
+    except SCMError as error:   # DVCLive asks git for the last commit
+        raise OSError(f"{folder}: no curves can be logged in a git repository without a commit ({error}); make one: git add -A && git commit -m start") from error
 
     def log(point: Mapping[str, float]) -> None:
         live.step = int(point["step"])

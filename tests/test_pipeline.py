@@ -719,3 +719,16 @@ def test_pick_pictures():
     assert pick_pictures(names, ["b/*", "a/2"], "train") == ["a/2", "b/1"]
     with pytest.raises(ParameterError, match=r"corpus\.test: 'c/\*'"):
         pick_pictures(names, ["c/*"], "test")
+
+
+def test_repository_without_commit_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    with pytest.raises(OSError, match=r"live: no curves .* git repository without a commit .* git commit"):
+        pipeline._dvclive(tmp_path / "live")
+    assert not (tmp_path / "live").exists()
+    subprocess.run("git -c user.name=a -c user.email=a@b commit -q --allow-empty -m start", shell=True, check=True)
+    log, close = pipeline._dvclive(tmp_path / "live")
+    log({"step": 3, "task_loss": 0.5})
+    close()
+    assert "0.5" in (tmp_path / "live" / "plots" / "metrics" / "task_loss.tsv").read_text()
