@@ -227,14 +227,27 @@ def _parts(batch: Mapping[str, Tensor], count: int) -> Iterator[Mapping[str, Ten
         yield {k: v[i * size // count:(i + 1) * size // count] for k, v in batch.items()} if count > 1 else batch
 
 
-def _clip(grads: list[Tensor], largest: float | None) -> Tensor:
-    "The norm of all gradients together, scaled down to at most `largest` in place; nothing waits for the device."
-    if not grads:  # a step that the strategy skipped
+def _apart(model: nn.Module, opt: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
+    "What the optimiser trains, by the strategy's parts; what is in none of them is a part too."
+    trained = [p for group in opt.param_groups for p in group["params"]]
+    strategy = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    parts = strategy.parts() if hasattr(strategy, "parts") else []
+    if len(parts) < 2:
+        return [trained]
+    owner = {p: k for k, part in enumerate(parts) for p in part.parameters()}
+    return [[p for p in trained if owner.get(p, len(parts)) == k] for k in range(len(parts) + 1)]
+
+
+def _clip(parts: list[list[nn.Parameter]], largest: float | None) -> Tensor:
+    "The norm of all gradients together; those of each part are scaled down to a norm of at most `largest` in place. Nothing waits for the device."
+    grads = [[p.grad for p in part if p.grad is not None] for part in parts]
+    if not any(grads):  # a step that the strategy skipped
         return torch.zeros(())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    norms = [torch.stack(torch._foreach_norm(part)) for part in grads if part]
     if largest is not None:
-        torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+        for part, own in zip(filter(None, grads), norms):
+            torch._foreach_mul_(part, (largest / (torch.linalg.vector_norm(own) + 1e-6)).clamp(max=1.0))
+    return torch.linalg.vector_norm(torch.cat(norms))
 
 
 def train_step(model: nn.Module,  # the strategy, possibly wrapped in DistributedDataParallel
@@ -244,7 +257,7 @@ def train_step(model: nn.Module,  # the strategy, possibly wrapped in Distribute
                ) -> tuple[Tensor, Tensor]:  # loss and gradient norm, both on the device
     "Forward, backward, clip, optimiser step."
     opt.zero_grad(set_to_none=True)
-    parameters, total = [p for group in opt.param_groups for p in group["params"]], 0.0
+    total = 0.0
     for i, part in enumerate(_parts(batch, config.accumulate)):
         last = i == config.accumulate - 1
         with contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
@@ -253,7 +266,7 @@ def train_step(model: nn.Module,  # the strategy, possibly wrapped in Distribute
                 loss = model(part) / config.accumulate
             loss.backward()
         total = total + loss.detach()
-    norm = _clip([p.grad for p in parameters if p.grad is not None], config.clip)
+    norm = _clip(_apart(model, opt), config.clip)
     opt.step()
     return total, norm
 

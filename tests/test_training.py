@@ -333,16 +333,77 @@ def test_cuda_trains_resumes_and_agrees_with_the_cpu(tmp_path):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-2, atol=1e-3)
 
 
+def gradients(seed: int, scale: float = 1.0) -> list[nn.Parameter]:
+    g = torch.Generator().manual_seed(seed)
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in ((3, 4), (7,), ())]
+    for p in parameters:
+        p.grad = scale * torch.randn(p.shape, generator=g, dtype=torch.float64)
+    return parameters
+
+
 @pytest.mark.parametrize("largest", [None, 1e-3, 1e3])
 def test_clipping_equals_pytorch(largest):
     from irnb.training import _clip
-    g = torch.Generator().manual_seed(0)
-    parameters = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in ((3, 4), (7,), ())]
-    for p in parameters:
-        p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64)
-    ours = [p.grad.clone() for p in parameters]
-    norm = _clip(ours, largest)
-    expected = torch.nn.utils.clip_grad_norm_(parameters, largest or float("inf"))
-    torch.testing.assert_close(norm, expected)
-    for a, p in zip(ours, parameters):
-        torch.testing.assert_close(a, p.grad)
+    ours, theirs = gradients(0), gradients(0)
+    norm = _clip([ours], largest)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, largest or float("inf")))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_parts_are_clipped_apart():
+    from irnb.training import _clip
+    large, small, theirs = gradients(0, 100.0), gradients(1, 1e-3), gradients(0, 100.0)
+    norm = _clip([large, small, [nn.Parameter(torch.zeros(1))]], 1.0)
+    torch.testing.assert_close(norm, torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in theirs + gradients(1, 1e-3)])))
+    torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    for a, b in zip(large + small, theirs + gradients(1, 1e-3)):   # the small ones are as they were
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+class Second(Supervised):
+    "A second network whose gradients are a thousand times those of the first."
+
+    def __init__(self, net, apart=True):
+        super().__init__(net)
+        self.other, self.free, self.apart = nn.Linear(4, 1), nn.Parameter(torch.ones(2)), apart
+
+    def forward(self, batch):
+        return super().forward(batch) + 1e3 * self.other(torch.ones(1, 4)).sum() + self.free.sum()
+
+    def parts(self):
+        return [self.net, self.other] if self.apart else [self]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_step_clips_the_parts_of_the_strategy(wrapped, tmp_path):
+    from irnb.training import _apart, train_step
+    if wrapped:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        steps = {}
+        for apart in (True, False):
+            torch.manual_seed(0)
+            strategy = Second(ToyNet(), apart)
+            opt = torch.optim.SGD([p for p in strategy.parameters() if p.requires_grad], lr=1.0)
+            before = [p.detach().clone() for p in strategy.net.parameters()]
+            model = nn.parallel.DistributedDataParallel(strategy) if wrapped else strategy
+            groups = _apart(model, opt)
+            assert [len(g) for g in groups] == ([len(before), 2, 1] if apart else [len(before) + 3])   # what no part holds is one too
+            train_step(model, toy_batch(batch=4, seed=0), opt, TrainConfig(steps=1, clip=1e-2))
+            steps[apart] = torch.cat([(p - b).detach().flatten() for p, b in zip(strategy.net.parameters(), before)]).norm().item()
+            free = (strategy.free - 1).norm().item()
+            assert free == pytest.approx(1e-2, rel=1e-4) if apart else free < 1e-4
+    finally:
+        if wrapped:
+            torch.distributed.destroy_process_group()
+    assert steps[True] == pytest.approx(1e-2, rel=1e-3) and steps[False] < 1e-4
+
+
+def test_networks_that_play_against_each_other_are_parts():
+    from irnb.strategies.dann import DANN
+    from irnb.strategies.noise_da import NoiseDA
+    for strategy in (NoiseDA(ToyNet(), denoiser="nano"), DANN(ToyNet())):
+        assert len(strategy.parts()) == 2 and strategy.parts()[0] is strategy.net
+    for strategy in (NoiseDA(ToyNet(), beta=0.0), DANN(ToyNet(), beta=0.0), Supervised(ToyNet())):
+        assert len(strategy.parts()) == 1

@@ -145,6 +145,10 @@ class DANN(Strategy):
         self.log(task_loss=rec, lam=lam, domain=domain, accuracy=accuracy)
         return rec + domain
 
+    def parts(self) -> list[nn.Module]:
+        "The network and the classifier, which play against each other."
+        return [self.net] if self.classifier is None else [self.net, self.classifier]
+
     def _domain(self, features: list[Tensor], lam: float) -> tuple[Tensor, Tensor]:
         "Cross-entropy of the classifier and its share of right answers."
         if len(features) != 2:

@@ -327,6 +327,10 @@ class NoiseDA(Strategy):
             if bad:
                 raise DiffusionLossError(self.step, "or in the 49 steps before")
 
+    def parts(self) -> list[nn.Module]:
+        "The network and the denoiser, whose gradients a small weight makes small: clipped together, the network's would decide for both."
+        return [self.net] if self.diffusion is None else [self.net, self.diffusion]
+
     def restorer(self) -> nn.Module:
         "The network alone; with predicts='residual' its sum with the input."
         return self.net if self.predicts == "image" else AddInput(self.net)

@@ -69,6 +69,10 @@ class Strategy(nn.Module, ABC):
         "An untrained module of the same structure as `restorer()`, around a fresh `net`; `options` are the constructor's."
         return net
 
+    def parts(self) -> list[nn.Module]:
+        "Modules whose gradients are clipped apart from each other, every trained parameter in one of them; here one, the strategy itself."
+        return [self]
+
     def take(self, batch: Mapping[str, Tensor], *keys: str) -> tuple[Tensor, ...]:
         "The named entries of a batch; raises ValueError naming a missing key and the strategy."
         for key in keys:
@@ -325,6 +329,8 @@ def _check_gradients(make, batches) -> None:
             _demand(p.grad is not None and bool(p.grad.abs().sum() > 0), "gradients", f"trainable {name} gets no gradient")
         else:
             _demand(p.grad is None, "gradients", f"frozen {name} gets a gradient")
+    held = [id(p) for part in strategy.parts() for p in part.parameters() if p.requires_grad]
+    _demand(sorted(held) == sorted(id(p) for p in strategy.parameters() if p.requires_grad), "gradients", "parts() do not hold every trained parameter exactly once")
 
 # %% ../../nbs/strategies/20_strategy.ipynb #9c1ec57b
 def _check_repeatable(make, batches) -> None:
