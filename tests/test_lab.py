@@ -133,7 +133,7 @@ def test_explorer_in_jupyterlab(tmp_path):
 
         before, head = _pictures(b), b.find(".irnb-head")[1].text
         handle = _slider(b, "sigma /255")
-        taken = [_respond(b, handle, key) for key in [Keys.ARROW_RIGHT] * KEYS]   # every value is a new one: nothing is remembered
+        taken = [_respond(b, handle, key) for key in [*[Keys.ARROW_RIGHT] * (KEYS - 1), Keys.PAGE_DOWN]]   # every value is a new one: nothing is remembered
         after = _pictures(b)
         assert before[4] != after[4] and before[8] != after[8], "degraded and restored follow the slider"
         assert before[0] == after[0] and b.find(".irnb-head")[1].text != head
