@@ -5,10 +5,11 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env repro test notebooks bench lab readme docs
+.PHONY: help env repro test storm notebooks bench lab readme docs
 help:
 	@echo "make repro      environment, then the whole pipeline: table, figures, restored images in results/"
 	@echo "make test       environment, then all tests, every notebook executed, notebooks and library in sync"
+	@echo "make storm      environment, then the storms: hostile pictures, models and parameter files, kills; a quarter of an hour"
 	@echo "make notebooks  environment, then every notebook exported, executed in place and cleaned"
 	@echo "make bench      environment, then the measured ratios: degradations, metrics, training step, restore"
 	@echo "make lab        environment, then JupyterLab on nbs/"
@@ -31,6 +32,9 @@ repro: env
 
 test: env
 	python -m pytest
+
+storm: env
+	python -m pytest tests/storms -m storm -s
 
 notebooks: env
 	python -m tests.notebooks

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'MAX_PIXELS', 'ImageError', 'read_array', 'Picture', 'read_picture', 'replacing', 'check_writable',
-           'write_array', 'write_picture', 'read_image', 'write_image', 'image_files', 'rgb_to_gray', 'rgb_to_y',
-           'quantise', 'pad_to_multiple', 'dihedral', 'tiled', 'show', 'show_crops']
+__all__ = ['SUFFIXES', 'MAX_PIXELS', 'ImageError', 'printable', 'read_array', 'Picture', 'read_picture', 'replacing',
+           'check_writable', 'write_array', 'write_picture', 'read_image', 'write_image', 'image_files', 'rgb_to_gray',
+           'rgb_to_y', 'quantise', 'pad_to_multiple', 'dihedral', 'tiled', 'show', 'show_crops']
 
 # %% ../nbs/00_images.ipynb #ed528126
 class ImageError(ValueError):
@@ -35,6 +35,12 @@ def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageError(f"{path}: {width}x{height} pixels exceed the limit of {max_pixels}; "
                          "if the picture is genuine, pass a larger max_pixels")
+
+# %% ../nbs/00_images.ipynb #fa774f32
+def printable(text: object,  # a path, a message
+              ) -> str:  # one line, safe for a terminal
+    "The text with every control character, line break and undecodable byte written as an escape."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 # %% ../nbs/00_images.ipynb #32cf6c52
 def _png_chunks(data: bytes, path: Path) -> Iterator[tuple[bytes, memoryview]]:
