@@ -189,7 +189,7 @@ def load_checkpoint(path: Path,  # a file that `save_checkpoint` wrote
 
 
 def _check_sums(path: Path) -> None:
-    "Compare the checksum of every entry of the archive; raises ValueError for a file that is cut off, damaged or none."
+    "Compare the checksum of every entry; raises ValueError for a file that is cut off, damaged or none."
     if not path.is_file():  # a pipe would be waited for without end
         raise ValueError("not a file")
     with zipfile.ZipFile(path) as archive:
@@ -200,8 +200,8 @@ def _check_sums(path: Path) -> None:
 def _unreadable(path: str | Path, error: Exception) -> ValueError:
     "What is said about a checkpoint that cannot be used."
     text = " ".join(str(error).split())[:200]
-    return ValueError(f"{path}: not a readable checkpoint, cut off or damaged ({type(error).__name__}: {text}); "
-                      "delete it to start anew")
+    return ValueError(f"{path}: not a readable checkpoint, cut off or damaged "
+                      f"({type(error).__name__}: {text}); delete it to start anew")
 
 # %% ../nbs/30_training.ipynb #c0100002
 _HELD: set[Path] = set()  # the locks of this process, so that `train` may be called inside `run_lock`
@@ -230,7 +230,8 @@ def _locked_file(path: Path) -> io.FileIO:
             file.seek(0)
             owner = file.read(20).decode(errors="replace").strip() or "?"
             file.close()
-            raise BlockingIOError(f"{path}: process {owner} trains this run already; wait for it or stop it") from None
+            text = f"{path}: process {owner} trains this run already; wait for it or stop it"
+            raise BlockingIOError(text) from None
         except OSError:  # a file system without locks: nobody can be refused
             return file
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
@@ -243,7 +244,7 @@ def _locked_file(path: Path) -> io.FileIO:
 
 
 @contextlib.contextmanager
-def run_lock(checkpoint: str | Path | None,  # the run's checkpoint file, which need not be there; None: no lock
+def run_lock(checkpoint: str | Path | None,  # the run's checkpoint file, there or not; None: no lock
              ) -> Iterator[None]:
     "Keep other processes from training the same run; raises BlockingIOError if one does."
     path = Path(f"{checkpoint}.lock").resolve() if checkpoint else None
@@ -271,7 +272,7 @@ class NonFiniteError(FloatingPointError):
 
 
 def _watched(batch: Mapping[str, Tensor], needs: Iterable[str]) -> dict[str, Tensor]:
-    "For the images that a strategy needs a scalar each, on their device: 0, or NaN if one of their values is not finite."
+    "A scalar for each image batch that a strategy needs: 0, or NaN if a value is not finite."
     images = {name: batch[name] for name in needs if isinstance(batch.get(name), Tensor)}
     return {f"batch[{name!r}]": x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)) * 0
             for name, x in images.items() if x.is_floating_point()}
@@ -282,10 +283,11 @@ class _Window:
 
     def __init__(self, size: int, device: torch.device):
         self.size, self.device, self.count = size, device, 0
-        self.columns: dict[str, Tensor] = {}  # one number per step; the cause of an accident before its effect
+        self.columns: dict[str, Tensor] = {}  # a number per step; the cause of an accident before its effect
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, loss: Tensor, norm: Tensor, logs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
+    def add(self, loss: Tensor, norm: Tensor, logs: Mapping[str, Tensor],
+            inputs: Mapping[str, Tensor]) -> None:
         for name, value in {**inputs, "the loss": loss, "the gradient norm": norm}.items():
             if name not in self.columns:
                 self.columns[name] = torch.zeros(self.size, device=self.device)
@@ -370,7 +372,7 @@ def _process() -> tuple[int, int]:
 
 
 def _generators(device: torch.device) -> list[tuple[Tensor, Tensor | None]]:
-    "The states of PyTorch's global generators (of the CPU, of the GPU), by rank; all processes must ask together."
+    "The states of PyTorch's global generators (CPU, GPU), by rank; all processes must ask together."
     own = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     world = _process()[1]
     if world == 1:
@@ -401,7 +403,8 @@ class Run:
         "Everything that is needed to go on; all processes must ask together."
         return {"fingerprint": self.fingerprint, "code": self.code, "step": self.step,
                 "strategy": self.strategy.state_dict(), "opt": self.opt.state_dict(),
-                "average": self.average.state_dict(), "history": self.history, "rng": _generators(self.device)}
+                "average": self.average.state_dict(), "history": self.history,
+                "rng": _generators(self.device)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         "Continue from a stored state."
@@ -492,10 +495,10 @@ def _imported_names(source: str, module: str, package: bool) -> frozenset[str]:
 
 
 def imported_modules(source: str,  # Python source
-                     module: str,  # its dotted name; followed are its own top package and what nobody installed
+                     module: str,  # its dotted name
                      package: bool = False,  # whether it is a package's __init__
                      ) -> set[str]:
-    "The modules that a source imports anywhere, inside functions too, relative imports resolved."
+    "Modules of the same top package, or not installed, that a source imports anywhere, inside functions too."
     found, first = _imported_names(source, module, package), module.split(".")[0]
     own = {top for top in {m.split(".")[0] for m in found} if top and (top == first or not _installed(top))}
     return {m for m in found if m.split(".")[0] in own and _module_file(m)}
@@ -515,7 +518,7 @@ def module_closure(modules: Iterable[str],  # dotted names
 
 # %% ../nbs/30_training.ipynb #c0200005
 def _plain(value: Any) -> str:
-    "A text for numbers, texts and tuples of them; other values have none that is the same in another process."
+    "A text for numbers, texts and tuples of them; others have none that is the same in another process."
     if isinstance(value, tuple):
         return f"({','.join(map(_plain, value))})"
     return repr(value) if isinstance(value, (int, float, str, bytes, type(None))) else ""
@@ -523,7 +526,8 @@ def _plain(value: Any) -> str:
 
 def _code_text(code: types.CodeType) -> tuple[str, list[str]]:
     "What a compiled function does, without its place in the file, and the names that it looks up."
-    text, names = [code.co_name, code.co_code.hex(), str(code.co_names), str(code.co_varnames)], list(code.co_names)
+    names = list(code.co_names)
+    text = [code.co_name, code.co_code.hex(), str(code.co_names), str(code.co_varnames)]
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
             inner, more = _code_text(const)
@@ -536,7 +540,7 @@ def _code_text(code: types.CodeType) -> tuple[str, list[str]]:
 def _inside(thing: type | types.FunctionType) -> tuple[str, list[Any]]:
     "The text of a class or function, and the values that it uses."
     if isinstance(thing, type):
-        plain = [f"{name}={_plain(value)}" for name, value in vars(thing).items() if not name.startswith("__")]
+        plain = [f"{name}={_plain(v)}" for name, v in vars(thing).items() if not name.startswith("__")]
         members = [getattr(v, "__func__", getattr(v, "fget", v)) for v in vars(thing).values()]
         return f"class {thing.__qualname__} {plain}", [*members, *thing.__mro__[1:]]
     text, names = _code_text(thing.__code__)
@@ -565,22 +569,28 @@ def _session_code(things: Iterable[Any],  # classes and functions
     return "\n".join(texts), modules
 
 # %% ../nbs/30_training.ipynb #c0200007
+def _held(holder: Any) -> list[Any]:
+    "An object's class, and of its attributes functions, classes and the classes of own objects."
+    found = [holder, type(holder)]
+    for value in getattr(holder, "__dict__", {}).values():
+        value = getattr(value, "func", value)  # of functools.partial
+        top = type(value).__module__.split(".")[0]
+        found.append(type(value) if top == "__main__" or not _installed(top) else value)
+    return [thing for thing in found if isinstance(thing, (type, types.FunctionType))]
+
+
 def code_of(strategy: Strategy,  # with its networks
             device: torch.device | str = "cpu",  # where it is trained
             *others: Any,  # what else the run calls: the data source, the validation
             ) -> dict[str, Any]:  # module -> hash of its source; torch, device, threads, processes
     "What the bits of a run depend on besides its settings; raises nothing for code that has no source."
     device = torch.device(device)
-    things: list[Any] = [Run]
-    for part in strategy.modules():
-        things += [type(part), *(getattr(v, "func", v) for v in vars(part).values())]
-    for other in others:
-        things += [other, type(other)]
-    things = [t for t in things if isinstance(t, (type, types.FunctionType))]
+    things = [Run, *(thing for holder in (*strategy.modules(), *others) for thing in _held(holder))]
     bases = [base for t in things if isinstance(t, type) for base in t.__mro__]
     text, modules = _session_code([*things, *bases])
-    kept = {m for m in modules if m.split(".")[0] != "torch" and m.split(".")[0] not in sys.stdlib_module_names}
-    sources = {m: hashlib.sha256(file.read_bytes()).hexdigest() for m, file in sorted(module_closure(kept).items())}
+    kept = {m for m in modules if m.split(".")[0] not in {"torch", *sys.stdlib_module_names}}
+    sources = {name: hashlib.sha256(file.read_bytes()).hexdigest()
+               for name, file in sorted(module_closure(kept).items())}
     session = {"session code": hashlib.sha256(text.encode()).hexdigest()} if text else {}
     return {"torch": str(torch.__version__), "device": device.type, "threads": torch.get_num_threads(),
             "processes": _process()[1], **session, **sources}
@@ -622,7 +632,7 @@ def train(strategy: Strategy,  # trained in place
           extra: str = "",  # joins the fingerprint; see `run_fingerprint`
           progress: bool = True,  # show a progress bar on a terminal
           ) -> TrainResult:
-    "Train; killed and called again with its checkpoint it ends in the same bits. Raises NonFiniteError, BlockingIOError."
+    "Train; killed and called again with its checkpoint it ends in the same bits. Raises NonFiniteError."
     device = device if isinstance(device, torch.device) else pick_device(device)
     config = _aligned(config)
     rank, start = _process()[0], time.perf_counter()

@@ -268,6 +268,12 @@ def test_code_of_a_session_counts(old, new):
     assert "session code" not in code_of(Supervised(ToyNet()))
 
 
+def test_code_of_what_the_data_source_holds_counts():
+    cell = "class Noise:\n    def __call__(self, x): return x + LEVEL\nclass Source:\n    def __init__(self): self.degrade = Noise()\n"
+    digest = lambda text, **values: code_of(Supervised(ToyNet()), "cpu", typed(text, **values)["Source"]())["session code"]
+    assert digest(cell, LEVEL=1) == digest(cell, LEVEL=1) != digest(cell, LEVEL=2) != digest(cell.replace("+", "-"), LEVEL=2)
+
+
 def test_code_is_the_same_in_another_process():
     text = f"import tests.test_training as t\nprint(sorted(t.code_of(t.typed(t.CELL, FACTOR=1.0)['Mine'](t.DropNet()), 'cpu', t.Batches()).items()))"
     run_it = lambda seed: subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent, env=os.environ | {"PYTHONHASHSEED": seed}).stdout
