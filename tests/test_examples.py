@@ -181,6 +181,21 @@ def test_fabric_trains_every_strategy_in_mixed_precision(name):
     assert loss.dtype == torch.float32 and loss.isfinite() and all(p.isfinite().all() for p in strategy.parameters())
 
 
+def test_what_fabric_rounds_stays_rounded_and_autocast_around_the_call_rounds_nothing():
+    pytest.importorskip("lightning_fabric")
+    from lightning_fabric import Fabric
+    from irnb.strategies import Supervised, ToyNet
+    seen, batch = [], batches_for_all(1)[0]
+    for precision in ("bf16-mixed", "32-true"):
+        strategy = Supervised(ToyNet(), loss=lambda restored, clean: seen.append(clean) or (restored - clean).abs().mean())
+        model = Fabric(accelerator="cpu", devices=1, precision=precision).setup(strategy)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(batch).isfinite()
+    rounded, exact = seen
+    assert rounded.dtype == exact.dtype == torch.float32 and torch.equal(exact, batch["clean"])
+    assert torch.equal(rounded, batch["clean"].bfloat16().float()) and 0 < (rounded - exact).abs().max() <= 2 ** -9
+
+
 @pytest.mark.parametrize("given, taken", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_no_strategy_hands_half_types_on(name, given, taken):
