@@ -438,7 +438,8 @@ def replacing(path: str | os.PathLike,  # the file to appear; its folder is made
             os.fsync(f.fileno())
         os.replace(draft, path)
     except OSError as e:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, there may be nothing to remove either
+            draft.unlink(missing_ok=True)
         raise ImageError(f"{path}: cannot be written ({e.strerror or e}); free space or choose another folder") from e
     except BaseException:
         draft.unlink(missing_ok=True)

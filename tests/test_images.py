@@ -495,6 +495,15 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == before
 
 
+@pytest.mark.parametrize("parent", ["a file", "a loop"])
+def test_a_folder_that_is_none_names_the_file(tmp_path, parent):
+    (tmp_path / "d").touch() if parent == "a file" else os.symlink("d", tmp_path / "d")
+    for name in ("d/a.png", "d/e/a.png"):
+        with pytest.raises(ImageError, match="cannot be written.*choose another folder") as e:
+            write_image(tmp_path / name, torch.ones(3, 8, 8))
+        assert str(tmp_path / name) in str(e.value)
+
+
 class Full(io.BytesIO):
     "A file on a disk that is full: nothing can be written, not even by C code."
     def fileno(self): raise OSError("no descriptor")
