@@ -5,14 +5,17 @@
 # %% ../nbs/00_images.ipynb #98cb9e73
 from __future__ import annotations
 
-import contextlib, math, os, re, stat, struct, threading, uuid, warnings, zlib
+import contextlib, logging, math, os, re, stat, struct, threading, uuid, warnings, zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterator
+from typing import TYPE_CHECKING, BinaryIO, Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import tifffile
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'MAX_PIXELS', 'MAX_PROFILE', 'MAX_PAGES', 'MAX_SCANS', 'OVERSHOOT', 'ImageError', 'printable',
@@ -194,6 +197,10 @@ def _strict_pillow() -> Iterator[None]:
             if not _pillow_users:
                 Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = found
 
+# %% ../nbs/00_images.ipynb #66635ea2
+for _decoder in ("PIL", "tifffile"):
+    logging.getLogger(_decoder).addHandler(logging.NullHandler())
+
 # %% ../nbs/00_images.ipynb #4cdefced
 _MODES = {"1": "L", "L": "L", "LA": "LA", "La": "LA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBX": "RGB",
           "RGBA": "RGBA", "RGBa": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
@@ -260,6 +267,20 @@ def _check_pages(path: Path) -> None:
             seen.add(at)
             at = number(offset, at + struct.calcsize(count) + entry * number(count, at))
 
+# %% ../nbs/00_images.ipynb #ad805d71
+def _check_strips(page: tifffile.TiffPage, path: Path) -> None:
+    "Refuse a strip or tile that unfolds to more than its pixels; other codecs than these stop by themselves."
+    import lzma
+    codecs = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}
+    if (start := codecs.get(int(page.compression))) is None:
+        return
+    most = math.prod(page.chunks) * page.dtype.itemsize
+    for offset, size in zip(page.dataoffsets, page.databytecounts):
+        page.parent.filehandle.seek(offset)
+        if len(start().decompress(page.parent.filehandle.read(size), most + 1)) > most:
+            raise ImageError(f"{path}: damaged, data at byte {offset} unfold to more than {most} bytes; "
+                             "save it again")
+
 # %% ../nbs/00_images.ipynb #6a3b6681
 def _tiff_pixels(path: Path, max_pixels: int) -> tuple[np.ndarray, bytes | None] | None:
     "Decode a 16-bit or float TIFF to (H, W, C); None for the 8-bit kinds, which Pillow reads."
@@ -280,6 +301,7 @@ def _tiff_pixels(path: Path, max_pixels: int) -> tuple[np.ndarray, bytes | None]
                 or kind not in ("MINISBLACK", "MINISWHITE", "RGB"):
             raise ImageError(f"{path}: TIFF of type {page.dtype}, {kind}, {extra} extra samples is not supported; "
                              "save it as 16-bit grey or RGB with at most one straight alpha channel")
+        _check_strips(page, path)
         array = page.asarray()
         if array.ndim == 2:
             array = array[..., None]
@@ -306,13 +328,38 @@ def _png_profile(body: memoryview, path: Path) -> bytes:
         raise ImageError(f"{path}: damaged colour profile {name!r}, it is cut off; save the picture without it")
     return icc
 
+# %% ../nbs/00_images.ipynb #cbb566d5
+# First row and column of each pass, and the steps between its rows and columns.
+_ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+
+
+def _check_rows(head: memoryview, parts: list[memoryview], path: Path, max_pixels: int) -> None:
+    "Refuse an 8-bit PNG whose pixel data end before its last row."
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", head)
+    _check_size(path, width, height, max_pixels)
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 0)  # unknown: the decoder refuses
+    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    sizes = [(-(-(height - y) // dy), -(-(width - x) // dx)) for y, x, dy, dx in passes]
+    left, engine = sum(h * (1 + -(-w * bits // 8)) for h, w in sizes if h > 0 and w > 0), zlib.decompressobj()
+    try:
+        for part in parts:
+            while part and left > 0:
+                left -= len(engine.decompress(part, 2**20))
+                part = engine.unconsumed_tail
+    except zlib.error as e:
+        raise ImageError(f"{path}: damaged PNG data ({e}); copy the file again") from e
+    if left > 0:
+        raise ImageError(f"{path}: PNG data end {left} bytes before the last row; copy the file again")
+
 # %% ../nbs/00_images.ipynb #851bf667
-def _png_extras(data: bytes, path: Path) -> tuple[int, int, bytes | None]:
+def _png_extras(data: bytes, path: Path, max_pixels: int) -> tuple[int, int, bytes | None]:
     "Verify a PNG; its bits per sample, EXIF orientation and colour profile."
-    bits, code, icc = 8, 1, None
+    bits, code, icc, head, parts = 8, 1, None, b"", []
     for kind, body in _png_chunks(data, path):
         if kind == b"IHDR":
-            bits = body[8]
+            head, bits = body, body[8]
+        elif kind == b"IDAT":
+            parts.append(body)
         elif kind == b"eXIf":
             from PIL import Image
             (exif := Image.Exif()).load(b"Exif\0\0" + bytes(body))
@@ -321,6 +368,8 @@ def _png_extras(data: bytes, path: Path) -> tuple[int, int, bytes | None]:
             if icc is not None:
                 raise ImageError(f"{path}: holds more than one colour profile; save the picture again")
             icc = _png_profile(body, path)
+    if bits < 16:  # ours counts by itself
+        _check_rows(head, parts, path, max_pixels)
     return bits, code, icc
 
 # %% ../nbs/00_images.ipynb #91c58c4c
@@ -357,7 +406,7 @@ def _decode(path: Path, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
     if not head:
         raise ImageError(f"{path}: zero bytes long; copy the file again")
     if head == b"\x89PNG\r\n\x1a\n":
-        bits, code, icc = _png_extras(data := _whole(path, size, max_pixels), path)
+        bits, code, icc = _png_extras(data := _whole(path, size, max_pixels), path, max_pixels)
         if bits == 16:
             return _orient(_png_pixels(data, path, max_pixels), code), icc
     elif head[:2] == b"\xff\xd8":

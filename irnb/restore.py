@@ -367,7 +367,7 @@ def run(
     for r in failed:
         _say(f"irnb restore: {r.error}", sys.stderr)
     done = len(results) - len(failed) - skipped
-    before = f"; {skipped} were there already" if skipped else ""
+    before = f", already there: {skipped}" if skipped else ""
     _say(f"restored {done} of {len(results)} pictures into {args.outdir}{before}", sys.stdout)
     return 1 if failed else 0
 

@@ -1,5 +1,5 @@
 """irnb.images: kinds of files, damage, atomic writes, the PNG codec against Pillow, tiling against the untiled net."""
-import errno, io, os, socket, struct, threading, tracemalloc, warnings, zlib
+import errno, io, lzma, os, socket, struct, subprocess, sys, threading, tracemalloc, warnings, zlib
 
 import numpy as np
 import pytest
@@ -390,6 +390,45 @@ def test_the_pages_of_a_tiff_come_to_an_end(tmp_path, monkeypatch, dtype, big):
         assert str(path) in str(e.value)
     path.write_bytes(chained(array, ~0, 1, big))
     np.testing.assert_array_equal(read_array(path)[0][..., 0], array)
+
+
+@pytest.mark.parametrize("code", [8, 32946, 34925])
+def test_the_strips_of_a_tiff_are_unfolded_to_a_limit(tmp_path, code):
+    engine = lzma.LZMACompressor(preset=0) if code == 34925 else zlib.compressobj(9)
+    bomb = b"".join(engine.compress(bytes(2**20)) for _ in range(256)) + engine.flush()
+    for blob, good in ((bomb, False), (lzma.compress(RGB16.tobytes()) if code == 34925 else zlib.compress(RGB16.tobytes()), True)):
+        tifffile.imwrite(file := io.BytesIO(), RGB16, photometric="rgb", metadata=None, byteorder="<")
+        data = bytearray(file.getvalue())
+        (at,) = struct.unpack_from("<I", data, 4)
+        for i in range(at + 2, at + 2 + 12 * struct.unpack_from("<H", data, at)[0], 12):
+            values = {259: code, 273: len(data), 279: len(blob)}      # compression, place and length of the strip
+            if (tag := struct.unpack_from("<H", data, i)[0]) in values:
+                struct.pack_into("<HII", data, i + 2, 4, 1, values[tag])
+        (tmp_path / "a.tif").write_bytes(bytes(data) + blob)
+        tracemalloc.start()
+        if good:
+            np.testing.assert_array_equal(read_array(tmp_path / "a.tif")[0], RGB16)
+        else:
+            with pytest.raises(ImageError, match=f"a.tif: damaged, .* unfold to more than {RGB16.nbytes} bytes"):
+                read_array(tmp_path / "a.tif")
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+        tracemalloc.stop()
+
+
+def test_an_eight_bit_png_that_ends_too_early_is_not_filled_with_black(tmp_path):
+    data = filtered_png(RGB8[:5], [0] * 5)
+    head = struct.pack(">IIBBBBB", 17, 13, 8, 2, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(data[:8] + add_chunk(data[:8] + bytes(25), b"IHDR", head)[33:58] + data[33:])
+    with pytest.raises(ImageError, match=f"a.png: PNG data end {8 * 52} bytes before the last row"):
+        read_array(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("make", [lambda: b"II*\0\0\0\0\0", lambda: chained(RGB16[..., 0], 0)])
+def test_decoders_do_not_write_to_the_terminal(tmp_path, make):
+    (tmp_path / "a.tif").write_bytes(make())
+    code = "import sys, irnb.images as i\ntry: i.read_array(sys.argv[1])\nexcept i.ImageError: print('refused')"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.tif"], capture_output=True, text=True)
+    assert done.stdout == "refused\n" and done.stderr == ""
 
 
 def test_passes_over_a_jpeg_are_counted(tmp_path):

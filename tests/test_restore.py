@@ -260,7 +260,7 @@ def test_an_interrupted_folder_goes_on(tmp_path, model, monkeypatch, capsys):
     before = snapshot(tmp_path)
     capsys.readouterr()
     assert main([*arguments, "--skip-existing"]) == 0
-    assert "restored 1 of 3 pictures" in (said := capsys.readouterr()).out and "2 were there already" in said.out and not said.err
+    assert "restored 1 of 3 pictures" in (said := capsys.readouterr()).out and "already there: 2" in said.out and not said.err
     after = snapshot(tmp_path)
     assert after.pop(tmp_path / "out/c.png") == before[tmp_path / "out/a.png"] and after == before
     results = restore_files([tmp_path], tmp_path / "out", model, skip_existing=True, progress=False)
