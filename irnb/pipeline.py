@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # %% auto #0
-__all__ = ['UNTRAINED', 'OPTIONAL', 'SECTIONS', 'ENTRY', 'BATCHES', 'KINDS', 'LARGEST_FILE', 'LARGEST_OPTION', 'LARGEST_NETWORK',
-           'MANIFEST', 'TOLERANCE', 'ParameterError', 'check_known', 'Rule', 'is_name', 'check_value', 'check_section',
-           'check_options', 'read_yaml', 'load_params', 'arms', 'reference_of', 'find_class', 'run_settings',
-           'start_of', 'photographs', 'pick_pictures', 'read_corpus', 'synthesize', 'read_real', 'read_noisy',
-           'read_pairs', 'halves', 'imported_modules', 'module_closure', 'sources', 'starts', 'prepare', 'scaled',
-           'initial_network', 'validation_psnr', 'open_loader', 'begin_from', 'pretrained_file', 'train_run',
-           'pretrain_run', 'evaluate_run', 'baselines', 'without_perfect', 'training_figure', 'in_place', 'report',
-           'label_rows', 'show_results', 'largest_differences', 'compare', 'main']
+__all__ = ['UNTRAINED', 'OPTIONAL', 'SECTIONS', 'ENTRY', 'BATCHES', 'KINDS', 'LARGEST_FILE', 'LARGEST_OPTION', 'LARGEST_RATE',
+           'LARGEST_NETWORK', 'MANIFEST', 'TOLERANCE', 'ParameterError', 'check_known', 'Rule', 'is_name',
+           'check_value', 'check_section', 'check_options', 'read_yaml', 'load_params', 'arms', 'reference_of',
+           'find_class', 'run_settings', 'start_of', 'photographs', 'pick_pictures', 'read_corpus', 'synthesize',
+           'read_real', 'read_noisy', 'read_pairs', 'halves', 'imported_modules', 'module_closure', 'sources', 'starts',
+           'prepare', 'scaled', 'initial_network', 'validation_psnr', 'open_loader', 'begin_from', 'pretrained_file',
+           'train_run', 'pretrain_run', 'evaluate_run', 'baselines', 'without_perfect', 'training_figure', 'in_place',
+           'report', 'label_rows', 'show_results', 'largest_differences', 'compare', 'main']
 
 # %% ../nbs/32_pipeline.ipynb #688995cf
 UNTRAINED = ("degraded", "non_local_means", "wavelet", "bilinear", "malvar")  # rows of `irnb.evaluation.untrained`
@@ -220,6 +220,8 @@ def check_options(options: Mapping[str, Any],  # what was given
         note = _annotation(parameter)
         if name not in options and parameter.default is parameter.empty:
             raise ParameterError(f"{where}: {name!r} is missing")
+        if note == "Any" and _is_number(options.get(name)) and abs(options[name]) > _LISTED:
+            raise ParameterError(f"{where}.{name} must be at most {_LISTED}, got {_shown(options[name])}")
         if name in options and options[name] != "$task" and not _fits(options[name], ast.parse(note, mode="eval").body):
             hint = _number_hint(options[name], "number" if "float" in note or "int" in note else "")
             raise ParameterError(f"{where}.{name} must be {note}, got {_shown(options[name])}{hint}")
@@ -313,12 +315,15 @@ def _named(where: str, function: Callable, *arguments: Any, **options: Any) -> A
     "The function's value; whatever it raises becomes a ParameterError that begins with the place in the file."
     try:
         return function(*arguments, **options)
+    except MemoryError:
+        raise
     except Exception as error:  # constructors and plugins fail in ways of their own
         text = " ".join(str(error).split()) or type(error).__name__
         raise ParameterError(text if text.startswith(where) else f"{where}: {text}") from error
 
 # %% ../nbs/32_pipeline.ipynb #6cf03951
 LARGEST_OPTION = 4096  # of a network: widths and numbers of blocks
+LARGEST_RATE = 10.0  # of AdamW, whose steps are of the size of the rate
 
 
 def _check_network(params: Mapping[str, Any], spec: Any, where: str) -> None:
@@ -348,6 +353,8 @@ def _check_train(params: Mapping[str, Any], values: Any, where: str) -> None:
     _named(where, check_known, config, [*parameters, *BATCHES], where)
     check_options(config, parameters, where)
     _named(where, TrainConfig.from_dict, config)
+    if config.get("lr", 0) > LARGEST_RATE:
+        raise ParameterError(f"{where}.lr must be at most {LARGEST_RATE}, got {_shown(config['lr'])}")
     if values.get("crop", 64) > params["patches"]["size"]:
         raise ParameterError(f"{where}.crop must be at most patches.size = {params['patches']['size']}, got {values.get('crop', 64)}")
 
@@ -362,6 +369,8 @@ def _check_run(params: Mapping[str, Any], path: str) -> None:
         raise ParameterError(f"{path}: corpus.unpaired picks training pictures for a simulated target domain, corpus.real is a real one; leave one of them out")
     for part, matrix in (("", params["run"]), (".more", params["run"]["more"]), (".pretrain", params["run"]["pretrain"])):
         check_section({k: v for k, v in matrix.items() if part or k in _MATRIX}, _MATRIX, f"{path}: run{part}")
+        if matrix["tasks"] and not matrix["strategies"] and part != ".pretrain":
+            raise ParameterError(f"{path}: run{part}.strategies is empty, but run{part}.tasks names {matrix['tasks']}; name a strategy, or no task")
         for name in matrix["tasks"]:
             if name not in TASKS:
                 raise ParameterError(f"{path}: run{part}.tasks: unknown task {name!r}; choose from {', '.join(TASKS)}")
@@ -504,7 +513,7 @@ def read_corpus(params: Mapping[str, Any],  # from `load_params`
         files = [name.as_posix() for path in image_files(root) for name in (path.relative_to(root), path.relative_to(root).with_suffix(""))]
         for part in patterns if files else ():
             pick_pictures(files, patterns[part], part)
-    corpus = scan(root, min_side=section["min_side"], groups=section.get("groups"), pick=[p for part in patterns.values() for p in part])
+    corpus = _named("corpus", scan, root, min_side=section["min_side"], groups=section.get("groups"), pick=[p for part in patterns.values() for p in part])
     parts = {part: corpus.subset(pick_pictures(corpus.names, patterns[part], part)) for part in patterns}
     require_disjoint(**parts)
     return parts
