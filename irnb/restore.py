@@ -158,7 +158,7 @@ def _probe(net: nn.Module, multiple: int, path: Path) -> tuple[int, int]:
                        "use another model")
 
 
-def _open_model(path: str | os.PathLike, device: str | None) -> _Model:
+def _open_model(path: str | os.PathLike, device: str | None, trust: bool = False) -> _Model:
     "Load a model file and place it on a device."
     import torch
     from irnb.networks import load_model
@@ -167,7 +167,7 @@ def _open_model(path: str | os.PathLike, device: str | None) -> _Model:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as e:
         raise RestoreError(f"device {device!r} cannot be used ({str(e).splitlines()[0]}); try --device cpu") from e
-    net, spec = load_model(path)
+    net, spec = load_model(path, trust=trust)
     multiple = max([m.multiple for m in net.modules() if isinstance(getattr(m, "multiple", None), int)], default=8)
     channels, scale = _probe(net, multiple, Path(path))
     return _Model(net.to(place), spec.get("network", {}).get("name", "network"), channels, scale, multiple, place)
@@ -298,13 +298,14 @@ def restore_files(
     statistics: str = "image",  # of global average pooling: of the "image", exact; of each "tile", faster
     overwrite: bool = False,  # replace existing results; never inputs
     skip_existing: bool = False,  # keep existing results and go on with the others, after an interrupted run
+    trust: bool = False,  # import classes that the model file names from other packages than irnb
     progress: bool = True,  # bars on stderr
 ) -> list[Restored]:  # one per picture, in order
     "Restore pictures in kind; a file's failure is in its result, `ValueError` for what concerns all, before any work."
     _check_settings(tile, overlap, statistics, overwrite, skip_existing)
     outdir = _named(outdir, "outdir")
     jobs = _plan(inputs, outdir)
-    opened = _open_model(_named(model, "model"), device)
+    opened = _open_model(_named(model, "model"), device, trust)
     from tqdm.auto import tqdm
     originals, written, results = {_identity(job.source) for job in jobs}, set(), []
     for job in tqdm(jobs, unit="picture", disable=None if progress else True):
@@ -329,6 +330,8 @@ def add_arguments(
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="pictures (png, jpg, tif, bmp, webp) or folders")
     parser.add_argument("-o", "--outdir", required=True, help="folder for the results; folders keep their structure")
     parser.add_argument("--model", required=True, metavar="FILE", help="written by irnb, or a public NAFNet checkpoint")
+    parser.add_argument("--trust", action="store_true",
+                        help="import classes of other packages that the model file names, which runs their code")
     parser.add_argument("--tile", type=int, default=512, metavar="PX", help="side; bounds the memory (default 512)")
     parser.add_argument("--overlap", type=int, metavar="PX", help="of neighbours (default: what makes tiles exact)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -359,7 +362,7 @@ def run(
     try:
         results = restore_files(args.inputs, args.outdir, args.model, tile=args.tile, overlap=args.overlap,
                                 device=args.device, statistics=args.statistics, overwrite=args.overwrite,
-                                skip_existing=args.skip_existing, progress=sys.stderr.isatty())
+                                skip_existing=args.skip_existing, trust=args.trust, progress=sys.stderr.isatty())
     except (ValueError, OSError) as e:
         _say(f"irnb restore: {e}", sys.stderr)
         return 2

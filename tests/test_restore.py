@@ -11,6 +11,7 @@ import irnb.images as images
 from irnb.images import pad_to_multiple, read_array, rgb_to_gray, write_array
 from irnb.networks import build, load_model, save_model
 from irnb.restore import RestoreError, main, restore_files
+from tests.notebooks import ROOT
 
 TINY = {"network": {"name": "NAFNet", "options": {"preset": "tiny", "width": 8}}}
 GREY = {"network": {"name": "NAFNet", "options": {"preset": "tiny", "width": 8, "img_channel": 1}}}
@@ -494,3 +495,20 @@ def test_importing_and_help_do_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     done = subprocess.run([sys.executable, "-m", "irnb.restore", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--model FILE" in done.stdout
+
+
+def test_a_class_of_another_package_needs_trust(tmp_path):
+    (tmp_path / "mine.py").write_text("import torch\nfrom torch import nn\nopen('it ran', 'w').close()\n\n\n"
+                                      "class Half(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+                                      "        self.scale = nn.Parameter(torch.tensor(.5))\n    def forward(self, x): return self.scale * x\n")
+    make = "import mine\nfrom irnb.networks import save_model\nsave_model('m', mine.Half(), {'network': {'name': 'mine.Half', 'options': {}}})\n"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    subprocess.run([sys.executable, "-c", make], cwd=tmp_path, env=environment, check=True)
+    (tmp_path / "it ran").unlink()
+    write_array(tmp_path / "a.png", PHOTO)
+    command = [sys.executable, "-m", "irnb.restore", "a.png", "-o", "out", "--model", "m", "--device", "cpu"]
+    refused = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and "--trust" in refused.stderr and not (tmp_path / "it ran").exists()
+    done = subprocess.run([*command, "--trust"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert np.abs(read_array(tmp_path / "out" / "a.png")[0] - PHOTO / 2).max() <= 1
