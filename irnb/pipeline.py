@@ -29,10 +29,10 @@ __all__ = ['UNTRAINED', 'OPTIONAL', 'SECTIONS', 'ENTRY', 'BATCHES', 'KINDS', 'LA
            'LARGEST_NETWORK', 'MANIFEST', 'TOLERANCE', 'ParameterError', 'check_known', 'Rule', 'is_name',
            'check_value', 'check_section', 'check_options', 'read_yaml', 'load_params', 'arms', 'reference_of',
            'find_class', 'run_settings', 'start_of', 'photographs', 'pick_pictures', 'read_corpus', 'synthesize',
-           'read_real', 'read_noisy', 'read_pairs', 'halves', 'imported_modules', 'module_closure', 'sources', 'starts',
-           'prepare', 'scaled', 'initial_network', 'validation_psnr', 'open_loader', 'begin_from', 'pretrained_file',
-           'train_run', 'pretrain_run', 'evaluate_run', 'baselines', 'without_perfect', 'training_figure', 'in_place',
-           'report', 'label_rows', 'show_results', 'largest_differences', 'compare', 'main']
+           'read_real', 'read_noisy', 'read_pairs', 'halves', 'sources', 'starts', 'prepare', 'scaled',
+           'initial_network', 'validation_psnr', 'open_loader', 'begin_from', 'pretrained_file', 'train_run',
+           'pretrain_run', 'evaluate_run', 'baselines', 'without_perfect', 'training_figure', 'in_place', 'report',
+           'label_rows', 'show_results', 'largest_differences', 'compare', 'main']
 
 # %% ../nbs/32_pipeline.ipynb #688995cf
 UNTRAINED = ("degraded", "non_local_means", "wavelet", "bilinear", "malvar")  # rows of `irnb.evaluation.untrained`
@@ -608,44 +608,6 @@ def halves(corpus: Any,  # a Corpus
         raise ParameterError(f"corpus.unpaired: {list(unpaired)} takes {len(second)} of the {len(scenes)} scenes of corpus.train; take at least one and leave at least one for the pairs")
     return tuple(corpus.subset([i.name for i in corpus if (i.group in second) == side]) for side in (False, True))
 
-# %% ../nbs/32_pipeline.ipynb #d712296d
-def _module_file(module: str) -> Path | None:
-    "The source of a module, found without importing it (its parent packages are)."
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return None
-    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
-
-
-def imported_modules(source: str,  # Python source
-                     module: str,  # its dotted name; only modules of the same top package are followed
-                     package: bool = False,  # whether it is a package's __init__
-                     ) -> set[str]:
-    "The modules that a source imports anywhere, inside functions too, relative imports resolved."
-    found, parts = set(), module.split(".")
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
-            base = parts[:len(parts) - node.level + package] if node.level else []
-            target = ".".join(base + ([node.module] if node.module else []))
-            found |= {target} | {f"{target}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {m for m in found if m.split(".")[0] == parts[0] and _module_file(m)}
-
-
-def module_closure(modules: Sequence[str],  # dotted names
-                   ) -> dict[str, Path]:  # module -> file, all that they import within their own packages
-    "Follow imports statically."
-    closure, waiting = {}, list(modules)
-    while waiting:
-        module = waiting.pop()
-        file = _module_file(module)
-        if module not in closure and file:
-            closure[module] = file
-            waiting += imported_modules(file.read_text(encoding="utf-8"), module, file.name == "__init__.py")
-    return closure
-
 # %% ../nbs/32_pipeline.ipynb #9c7ab45e
 LARGEST_NETWORK = 1_000_000_000  # weights: four gigabytes, and four times that in training
 
@@ -686,6 +648,7 @@ def sources(params: Mapping[str, Any],  # from `load_params`
             out: str | Path = "build/sources",  # folder; one JSON file per strategy
             ) -> None:
     "Stage: per strategy the modules that its training runs, with their hashes."
+    from irnb.training import module_closure
     _make_all(params)
     for name in params["strategies"]:
         settings, network = run_settings(params, name), type(_outline(params, name))
@@ -794,13 +757,14 @@ def open_loader(folder: Path,  # build/synthetic/<task>
 def begin_from(net: Any,  # nn.Module with drawn weights
                start: tuple[str, str] | None,  # (task, strategy) of a pre-training; None: as drawn
                seed: int,  # of the run
+               trust: bool = False,  # as for `irnb.networks.load_model`
                ) -> Any:  # the same module
     "Load pre-trained weights; raises ParameterError if they are of another network."
     if start is None:
         return net
     from irnb.networks import UpscaleFirst, load_model
     file = pretrained_file(*start, seed)
-    weights, inner = load_model(file)[0].state_dict(), net.net if isinstance(net, UpscaleFirst) else net
+    weights, inner = load_model(file, trust=trust)[0].state_dict(), net.net if isinstance(net, UpscaleFirst) else net
     try:
         inner.load_state_dict(weights)
     except RuntimeError as error:
@@ -824,14 +788,14 @@ def train_run(params: Mapping[str, Any],  # from `load_params`
               ) -> Any:  # TrainResult
     "Stage: train one strategy; resumes where a killed run stopped. Raises NonFiniteError, ParameterError."
     from irnb.data import task
-    from irnb.training import processes, train
+    from irnb.training import processes, run_lock, train
     prepare(params)
     settings, the_task = run_settings(params, strategy_name, task_name), task(task_name)
     out, folder = Path(out or f"runs/{task_name}/{strategy_name}-{seed}"), Path("build/synthetic", task_name)
     checkpoint = Path("build/checkpoints", f"{'-'.join(out.parts[-3:])}.pt")
-    with processes(params["compute"]["device"]) as (rank, world, device):
+    with processes(params["compute"]["device"]) as (rank, world, device), run_lock(checkpoint if rank == 0 else None):
         settings["network"] = scaled(settings["network"], the_task.scale)
-        net = begin_from(initial_network(settings["network"], seed), settings["start"], seed)
+        net = begin_from(initial_network(settings["network"], seed), settings["start"], seed, trust=bool(params.get("plugins")))
         strategy = settings["class"](net, seed=seed, **settings["options"])
         loader = open_loader(folder, the_task, settings, strategy, seed, device=device, rank=rank, world=world)
         config = _with_seed(settings["config"], seed)
@@ -967,7 +931,7 @@ def evaluate_run(params: Mapping[str, Any],  # from `load_params`
     from irnb.training import pick_device
     prepare(params)
     folder = Path("runs", task_name, f"{strategy_name}-{seed}")
-    net, spec = load_model(folder / "model.safetensors")
+    net, spec = load_model(folder / "model.safetensors", trust=bool(params.get("plugins")))
     _measure(params, task_name, {strategy_name: net.to(pick_device(params["compute"]["device"]))}, seed, folder / "table.csv")
 
 
@@ -1008,7 +972,8 @@ def _panels(params: Mapping[str, Any], task_name: str) -> list[dict[str, Any]]:
     from irnb.networks import load_model
     restorers: dict[str, Callable] = {k: v for k, v in untrained(task(task_name).scale, task(task_name).raw).items() if k != "degraded"}
     for name in arms(params)[task_name]:
-        restorers[name], _ = load_model(Path("runs", task_name, f"{name}-{params['run']['seeds'][0]}", "model.safetensors"))
+        file = Path("runs", task_name, f"{name}-{params['run']['seeds'][0]}", "model.safetensors")
+        restorers[name], _ = load_model(file, trust=bool(params.get("plugins")))
     items, wanted = list(Benchmark.open(Path("build/synthetic", task_name, "test"))), params["evaluation"]["gallery"]
     settings = list(dict.fromkeys(i.setting for i in items if i.seen))[-1:] + list(dict.fromkeys(i.setting for i in items if not i.seen))[-1:]
     chosen = [i for i in items if i.setting in settings and i.image in list(dict.fromkeys(j.image for j in items))[:wanted]]

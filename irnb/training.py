@@ -480,11 +480,23 @@ def _installed(package: str) -> bool:
     return not spec or any({"site-packages", "dist-packages"} & set(Path(place).parts) for place in places)
 
 
+def _running(tree: ast.AST) -> Iterator[ast.AST]:
+    "All nodes but those under `if TYPE_CHECKING`, which never run."
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            waiting += node.orelse
+        else:
+            yield node
+            waiting += ast.iter_child_nodes(node)
+
+
 @functools.lru_cache(maxsize=1024)
 def _imported_names(source: str, module: str, package: bool) -> frozenset[str]:
     "What a source imports anywhere: modules, and names that may be modules."
     found, parts = set(), module.split(".")
-    for node in ast.walk(ast.parse(source)):
+    for node in _running(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             base = parts[:len(parts) - node.level + package] if node.level else []
             target = ".".join(base + ([node.module] if node.module else []))

@@ -34,7 +34,7 @@ def module_name(path: Path) -> str:
 
 def upward_imports(path: Path, source: str) -> list[str]:
     "The rooms of irnb that a module imports, inside functions too, and that are not below it."
-    from irnb.pipeline import imported_modules
+    from irnb.training import imported_modules
     own = room_of(path)
     rooms = {m.split(".")[1] for m in imported_modules(source, module_name(path), path.name == "__init__.py") if "." in m}
     return sorted(r for r in rooms if r != own and floor_of(r) >= floor_of(own))

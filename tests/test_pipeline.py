@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from irnb import pipeline
-from irnb.pipeline import ParameterError, arms, load_params, main, module_closure, pick_pictures, run_settings
+from irnb.pipeline import ParameterError, arms, load_params, main, pick_pictures, run_settings
+from irnb.training import imported_modules, module_closure
 from irnb.strategies.features import VGGFileError
 from tests.notebooks import ROOT
 
@@ -223,7 +224,7 @@ def stage_imports(function: str) -> set[str]:
         if name in seen or name not in functions:
             continue
         seen.add(name)
-        found |= pipeline.imported_modules(ast.unparse(functions[name]), "irnb.pipeline")
+        found |= imported_modules(ast.unparse(functions[name]), "irnb.pipeline")
         waiting += [n.id for n in ast.walk(functions[name]) if isinstance(n, ast.Name)]
     return found | {"irnb.pipeline"}
 
@@ -256,7 +257,7 @@ def test_a_forgotten_dependency_is_found():
 
 def test_imports_are_followed_through_functions_and_relative_forms():
     source = "from .images import show\ndef f():\n    from irnb import metrics\n    import irnb.data\n"
-    assert pipeline.imported_modules(source, "irnb.evaluation") == {"irnb.images", "irnb", "irnb.metrics", "irnb.data"}
+    assert imported_modules(source, "irnb.evaluation") == {"irnb.images", "irnb", "irnb.metrics", "irnb.data"}
     assert "irnb.metrics" in module_closure(["irnb.evaluation"])
 
 
@@ -805,6 +806,21 @@ def test_training_without_dvclive_needs_no_dvclive(here, monkeypatch):
     monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name, *a: None if name == "dvclive" else find(name, *a))
     assert main(["pretrain", *RUN, "before"]) == 0
     assert "step\ttask_loss" in (here / "build/pretrained/denoise/before-0/live/plots/metrics/task_loss.tsv").read_text()
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(here, capsys):
+    with_pretraining(here)
+    holder = ("import sys\nfrom irnb.training import run_lock\nwith run_lock('build/checkpoints/pretrained-denoise-before-0.pt'):\n"
+              "    print('held', flush=True)\n    sys.stdin.read()\n")
+    with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}) as other:
+        assert other.stdout.readline() == "held\n"
+        capsys.readouterr()
+        assert main(["pretrain", *RUN, "before"]) == 1
+        assert f"process {other.pid}" in capsys.readouterr().err and not (here / "build/pretrained/denoise/before-0").exists()
+        other.stdin.close()
+    assert main(["pretrain", *RUN, "before"]) == 0
+    curve = (here / "build/pretrained/denoise/before-0/live/plots/metrics/task_loss.tsv").read_text()
+    assert len(curve.splitlines()) == 1 + 2   # a row per log point, none twice
 
 
 def test_a_full_disk_is_told_with_the_folder(here, monkeypatch, capsys):
