@@ -36,7 +36,7 @@ RIGHT = [
     (r"{ENTRY}(options|train|labels|network|start)", "missing|null", "the common sections, and the constructor's defaults"),
     (r"{OPTION}[\w.]+", "missing|null", "the constructor's default"),
     (r"{OPTION}(alpha|rho|negatives\.0\.(interval|decay))", "fraction", "a number like another"),
-    (r"{OPTION}(warmup|length|alpha)", "huge", "the term stays out for the whole training, or the step is as asked"),
+    (r"{OPTION}(warmup|length|alpha|schedule|negatives\.0\.interval)", "huge", "the term stays out for the whole training, or the step is as asked"),
     (r"{OPTION}negatives\.0\.decay|{OPTION}(rho|alpha)", "zero", "the past does not count; no weight; no step"),
     (r"{OPTION}negatives", "empty list", "no negatives, the plain loss"),
 ]
