@@ -17,9 +17,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from . import degradations as deg
-from .images import image_files, read_image, read_picture, rgb_to_gray
+from .images import image_files, printable, read_image, read_picture, rgb_to_gray
 
 # %% auto #0
 __all__ = ['PHOTOGRAPHS', 'DISPARITY', 'Groups', 'Part', 'PHOTOGRAPH_SPLIT', 'Images', 'STREAMS', 'TASKS', 'Photograph',
@@ -241,7 +242,7 @@ class Corpus:
 
     def __getitem__(self, name: str) -> Item:
         if name not in self._by_name:
-            raise KeyError(f"{name!r} is not in the corpus {self.root}; it has {_listing(self.names)}")
+            raise KeyError(f"{name!r} is not in the corpus {printable(self.root)}; it has {_listing(self.names)}")
         return self._by_name[name]
 
     @cached_property
@@ -256,7 +257,7 @@ class Corpus:
         "The same corpus with these pictures only, in corpus order; ValueError names what is missing."
         wanted = set(names)
         if missing := sorted(wanted - set(self.names)):
-            raise ValueError(f"{self.root}: has no picture {_listing(missing)}; it has {_listing(self.names)}")
+            raise ValueError(f"{printable(self.root)}: has no picture {_listing(missing)}; it has {_listing(self.names)}")
         return replace(self, images=tuple(i for i in self.images if i.name in wanted), rejected=(), ignored=(),
                        duplicates=tuple(d for d in self.duplicates if wanted.issuperset(d)))
 
@@ -265,7 +266,7 @@ def _listing(names: Iterable[str], most: int = 8) -> str:
     "The first names, and how many more there are."
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
+    return ", ".join(map(printable, names[:most])) + more
 
 
 def _report(corpus: Corpus) -> str:
@@ -277,7 +278,7 @@ def _report(corpus: Corpus) -> str:
     if corpus.duplicates:
         pairs = _listing((" = ".join(d) for d in corpus.duplicates), 5)
         parts.append(f"duplicates (kept, as one scene): {pairs}")
-    return f"{corpus.root}: " + "; ".join(parts) if parts else ""
+    return f"{printable(corpus.root)}: " + "; ".join(parts) if parts else ""
 
 # %% ../nbs/03_data.ipynb #f33dd779
 Groups = str | Callable[[str], str] | Mapping[str, str] | None
@@ -336,11 +337,14 @@ def _grouped(items: Sequence[Item], groups: Groups) -> tuple[Item, ...]:
 def _examine(path: Path, root: Path, min_side: int) -> Item | Rejected:
     "Decode one file: an Item without scene, or why it cannot be used."
     name = path.relative_to(root).as_posix()
+    if not path.is_file():   # opening a pipe would wait for ever
+        return Rejected(name, "not a file but a link that leads nowhere, a pipe, a socket or a device")
     try:
         picture = read_picture(path)
         sha256 = _sha256(path)
     except (ValueError, OSError) as error:
-        return Rejected(name, " ".join(str(error).replace(str(path), "").strip(" :").split()) or type(error).__name__)
+        reason = " ".join(str(error).replace(str(path), "").strip(" :").split())
+        return Rejected(name, printable(reason) or type(error).__name__)
     channels, height, width = picture.pixels.shape
     if min(height, width) < min_side:
         return Rejected(name, f"{height}x{width} px, smaller than min_side={min_side}")
@@ -360,7 +364,7 @@ def _picked(paths: Sequence[Path], root: Path, pick: Sequence[str]) -> list[Path
     matches = lambda name, pattern: any(fnmatchcase(n.as_posix(), pattern) for n in (name, name.with_suffix("")))
     for pattern in pick if paths else ():
         if not any(matches(name, pattern) for name in names):
-            raise ValueError(f"{root}: {pattern!r} matches none of its {len(paths)} pictures, such as "
+            raise ValueError(f"{printable(root)}: {pattern!r} matches none of its {len(paths)} pictures, such as "
                              f"{_listing([n.as_posix() for n in names[:3]])}; patterns are shell patterns of the names below the folder")
     return [path for path, name in zip(paths, names) if any(matches(name, pattern) for pattern in pick)]
 
@@ -376,7 +380,7 @@ def scan(
     "Read every picture below `directory` once; warn about each file that cannot be used and about duplicates."
     root = Path(directory)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: is not a folder; give a folder with pictures")
+        raise FileNotFoundError(f"{printable(root)}: is not a folder; give a folder with pictures")
     paths = image_files(root) if pick is None else _picked(image_files(root), root, pick)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:   # decoding releases the interpreter lock
         found = list(pool.map(lambda path: _examine(path, root, min_side), paths))
@@ -393,7 +397,7 @@ def _accept(corpus: Corpus, min_side: int, strict: bool) -> Corpus:
     "Raise on an empty corpus (or, if strict, on a flawed one), else warn in one line."
     report = _report(corpus)
     if not corpus.images:
-        raise ValueError(f"{corpus.root}: no usable picture among {len(corpus.rejected) + len(corpus.ignored)} files "
+        raise ValueError(f"{printable(corpus.root)}: no usable picture among {len(corpus.rejected) + len(corpus.ignored)} files "
                          f"(min_side={min_side}); give a folder with PNG, JPEG, TIFF, BMP or WebP pictures. {report}")
     if strict and corpus.rejected:
         raise ValueError(f"{report}. Repair or remove these files, or scan with strict=False")
@@ -878,6 +882,7 @@ class Task:
     real: deg.Degradation | None = None          # target domain of unpaired training
     multiple: int = 1                            # test pictures are cropped to a multiple of this (and of scale)
     enlarge: int = 1                             # test and real pictures are first enlarged (bicubic) by this factor
+    confounders: Mapping[str, deg.Degradation] = field(default_factory=dict)   # `train` in even parts; empty: one setting
 
     def __post_init__(self) -> None:
         for key, degradation in self.settings.items():
@@ -923,66 +928,120 @@ def _raw(*levels: float) -> dict[str, deg.Degradation]:
     return {f"raw_{v:g}": deg.RawNoise((0.16 * v) ** 2, (0.06 * v) ** 2) for v in levels}
 
 
+def _divided(
+    train: deg.Degradation, parameter: str, parts: int = 4, short: str = ""
+) -> dict[str, deg.Degradation]:
+    "`train` in equally likely parts by the value of one parameter: a level each, or a stretch of the interval."
+    found = {}
+    for value in _equal_parts(getattr(train, parameter), parts):
+        span = f"{value.low:g}_to_{value.high:g}" if isinstance(value, deg.Distribution) else f"{value:g}"
+        found[f"{short or parameter}_{span}"] = replace(train, **{parameter: value})
+    return found
+
+
+def _equal_parts(d: deg.Choice | deg.Uniform | deg.Squared, parts: int) -> list:
+    "Values or distributions whose even mixture is `d`."
+    if isinstance(d, deg.Choice):
+        return list(d.values)
+    if isinstance(d, deg.Squared):
+        return [deg.Squared(part) for part in _equal_parts(d.base, parts)]
+    edges = [d.lo + (d.hi - d.lo) * i / parts for i in range(parts)] + [d.hi]
+    return [deg.Uniform(lo, hi) for lo, hi in pairwise(edges)]
+
+
 def _rain(*families: str) -> dict[str, deg.Degradation]:
     return {family: deg.rain(family) for family in families}
 
 # %% ../nbs/03_data.ipynb #3bb16e52
 def _tasks() -> Iterator[Task]:
+    noise = deg.GaussianNoise(deg.Choice((5, 10, 15, 20)))
     yield Task("denoise", "Denoising", "White Gaussian noise on the 255 scale, clipped; stronger noise is unseen.",
-               deg.GaussianNoise(deg.Choice((5, 10, 15, 20))), _noise(5, 10, 15, 20), _noise(30, 40, 50))
+               noise, _noise(5, 10, 15, 20), _noise(30, 40, 50), confounders=_divided(noise, "sigma"))
+    blur = deg.GaussianBlur(deg.Choice((1.0, 2.0, 3.0, 4.0)))
     yield Task("deblur", "Deblurring", "Isotropic Gaussian blur of known shape; wider blur is unseen.",
-               deg.GaussianBlur(deg.Choice((1.0, 2.0, 3.0, 4.0))), _blur(1, 2, 3, 4), _blur(4.2, 4.4, 4.6, 4.8, 5.0))
+               blur, _blur(1, 2, 3, 4), _blur(4.2, 4.4, 4.6, 4.8, 5.0),
+               confounders=_divided(blur, "sigma", short="blur"))
     yield Task("derain", "Deraining", "Synthetic streaks of one family; other shapes, heavy rain and veil are unseen.",
                deg.rain("did"), _rain("did"), _rain("rain100l", "rain12", "rain800", "heavy"), y_channel=True)
+    families = _rain("did", "rain14000", "heavy")
+    yield Task("derain_mixed", "Deraining, three families",
+               "Synthetic streaks of three families; three others are unseen.", deg.OneOf(*families.values()),
+               families, _rain("rain100l", "rain12", "rain800"), y_channel=True, confounders=families)
     yield Task("dehaze", "Dehazing", "Homogeneous haze over a random smooth depth; thicker or darker haze is unseen.",
-               deg.Haze(), _haze(0.6, 1.2, 1.8), {**_haze(2.4, 3.0), "airlight_0.5": deg.Haze(airlight=0.5)})
-    yield _sr4()
-    yield Task("jdd", "Demosaicking and denoising", "RGGB mosaic, masked, with signal-dependent noise, unclipped.",
-               deg.RawNoise(), _raw(0.25, 0.5, 1), _raw(1.5, 2), multiple=2)
-    full = {s: {k: replace(d, form="full") for k, d in _raw(*levels).items()} for s, levels in (("seen", (0.25, 0.5, 1)), ("unseen", (1.5, 2)))}
-    yield Task("denoise_raw", "Denoising, raw noise", "Signal-dependent noise of a sensor on every channel, unclipped; stronger noise is unseen.",
-               deg.RawNoise(form="full"), full["seen"], full["unseen"])
+               deg.Haze(), _haze(0.6, 1.2, 1.8), {**_haze(2.4, 3.0), "airlight_0.5": deg.Haze(airlight=0.5)},
+               confounders=_divided(deg.Haze(), "beta"))
+    yield from _sr4()
+    yield from _raws()
+    severe = {f"severe_{i}": deg.hybrid("severe", i, 4) for i in range(4)}
     yield Task("hybrid", "Hybrid distortions", "Blur, noise and JPEG in sequence; milder mixtures are unseen.",
                deg.hybrid("severe"), {"severe": deg.hybrid("severe")},
-               {level: deg.hybrid(level) for level in ("moderate", "mild")}, y_channel=True)
+               {level: deg.hybrid(level) for level in ("moderate", "mild")}, y_channel=True,
+               confounders=severe)
     yield _allinone()
     yield from _cameras()
     yield from _domains()
 
 
+def _raws() -> Iterator[Task]:
+    mosaic, full = deg.RawNoise(), deg.RawNoise(form="full")
+    yield Task("jdd", "Demosaicking and denoising",
+               "RGGB mosaic, masked, with signal-dependent noise, unclipped.", mosaic,
+               _raw(0.25, 0.5, 1), _raw(1.5, 2), multiple=2, confounders=_divided(mosaic, "shot"))
+    seen, unseen = ({k: replace(d, form="full") for k, d in _raw(*levels).items()}
+                    for levels in ((0.25, 0.5, 1), (1.5, 2)))
+    yield Task("denoise_raw", "Denoising, raw noise",
+               "Signal-dependent noise of a sensor on every channel, unclipped; stronger noise is unseen.",
+               full, seen, unseen, confounders=_divided(full, "shot"))
+
+
 def _allinone() -> Task:
-    kinds = deg.OneOf(deg.GaussianNoise(deg.Uniform(5, 50)), deg.GaussianBlur(deg.Uniform(0.6, 2.2)), deg.Haze(),
-                      deg.rain("did"), deg.JPEG(deg.Uniform(10, 40)))
+    kinds = {"noise": deg.GaussianNoise(deg.Uniform(5, 50)), "blur": deg.GaussianBlur(deg.Uniform(0.6, 2.2)),
+             "haze": deg.Haze(), "rain": deg.rain("did"), "jpeg": deg.JPEG(deg.Uniform(10, 40))}
     seen = {**_noise(25), **_blur(1.5), **_haze(1.2), **_rain("did"), "jpeg_20": deg.JPEG(20)}
     unseen = {**_noise(60), **_blur(3), **_haze(2.4), **_rain("heavy"), "jpeg_8": deg.JPEG(8)}
     return Task("allinone", "All-in-one restoration", "Each picture has noise, blur, haze, rain or JPEG, one net for all; "
-                "a stronger degree of each is unseen.", kinds, seen, unseen)
+                "a stronger degree of each is unseen.", deg.OneOf(*kinds.values()), seen, unseen, confounders=kinds)
 
 
-def _sr4() -> Task:
+def _sr4() -> Iterator[Task]:
     down = deg.Downsample(4)
-    unseen = {"bicubic_noise_10": deg.Compose(down, deg.GaussianNoise(10)),
-              "bicubic_jpeg_40": deg.Compose(down, deg.JPEG(40)),
-              "blur_2_bicubic": deg.Compose(deg.GaussianBlur(2.0), down)}
-    return Task("sr4", "Super-resolution x4", "Antialiased bicubic / 4; blur, noise and JPEG are unseen.",
-                down, {"bicubic": down}, unseen, scale=4, y_channel=True, crop_border=4)
+    blur = lambda s: deg.Compose(deg.GaussianBlur(s), down)
+    noise = lambda s: deg.Compose(down, deg.GaussianNoise(s))
+    jpeg = lambda q: deg.Compose(down, deg.JPEG(q))
+    measured = {"scale": 4, "y_channel": True, "crop_border": 4}
+    unseen = {"bicubic_noise_10": noise(10), "bicubic_jpeg_40": jpeg(40), "blur_2_bicubic": blur(2.0)}
+    yield Task("sr4", "Super-resolution x4", "Antialiased bicubic / 4; blur, noise and JPEG are unseen.",
+               down, {"bicubic": down}, unseen, **measured)
+    kinds = {"bicubic": down, "blur": blur(deg.Uniform(0.5, 1.5)), "noise": noise(deg.Uniform(2, 15)),
+             "jpeg": jpeg(deg.Uniform(50, 95))}
+    seen = {"bicubic": down, "blur_1_bicubic": blur(1.0), "bicubic_noise_10": noise(10),
+            "bicubic_jpeg_70": jpeg(70)}
+    unseen = {"blur_2_bicubic": blur(2.0), "bicubic_noise_25": noise(25), "bicubic_jpeg_30": jpeg(30),
+              "blur_1_noise_10_jpeg_70": deg.Compose(blur(1.0), deg.GaussianNoise(10), deg.JPEG(70))}
+    yield Task("sr4_mixed", "Super-resolution x4, mixed", "Bicubic / 4, alone or with weak blur, noise or JPEG; a "
+               "stronger one of each, and all at once, are unseen.", deg.OneOf(*kinds.values()), seen, unseen,
+               confounders=kinds, **measured)
 
 
 def _cameras() -> Iterator[Task]:
+    white = deg.GaussianNoise(deg.Uniform(0, 55))
     for name, kind, enlarge in (("camera", "smooth", 2), ("camera_textured", "textured", 1)):
         yield Task(name, f"Camera noise, {kind} content", "White noise in training; camera-like noise in the target "
-                   f"domain ({kind} content), which is seen unpaired only.", deg.GaussianNoise(deg.Uniform(0, 55)),
-                   _noise(15, 25, 50), {f"camera_{kind}": deg.camera(kind)}, real=deg.camera(kind), enlarge=enlarge)
+                   f"domain ({kind} content), which is seen unpaired only.", white, _noise(15, 25, 50),
+                   {f"camera_{kind}": deg.camera(kind)}, real=deg.camera(kind), enlarge=enlarge,
+                   confounders=_divided(white, "sigma"))
 
 
 def _domains() -> Iterator[Task]:
     yield Task("derain_domains", "Deraining across rain families", "One family of streaks in training; the target domain has another, "
                "seen unpaired only.", deg.rain("did"), _rain("did"), _rain("rain100l"), y_channel=True, real=deg.rain("rain100l"))
-    motion = deg.MotionBlur(deg.Uniform(5, 15))
+    motion, blur = deg.MotionBlur(deg.Uniform(5, 15)), deg.GaussianBlur(deg.Uniform(1.0, 4.0))
     yield Task("deblur_domains", "Deblurring across kernels", "Gaussian blur in training; the target domain has motion blur, seen "
-               "unpaired only.", deg.GaussianBlur(deg.Uniform(1.0, 4.0)), _blur(1, 2, 3, 4), {"motion": motion}, real=motion)
+               "unpaired only.", blur, _blur(1, 2, 3, 4), {"motion": motion}, real=motion,
+               confounders=_divided(blur, "sigma", short="blur"))
+    weak = deg.GaussianNoise(deg.Uniform(0, 30))
     yield Task("real_noise", "Real camera noise", "White noise in training, weak levels included; real noisy pictures come from files "
-               "(corpus.real, corpus.pairs).", deg.GaussianNoise(deg.Uniform(0, 30)), _noise(5, 10, 20), {})
+               "(corpus.real, corpus.pairs).", weak, _noise(5, 10, 20), {}, confounders=_divided(weak, "sigma"))
 
 
 TASKS: dict[str, Task] = {task.name: task for task in _tasks()}

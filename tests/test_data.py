@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -596,6 +597,111 @@ def test_unseen_settings_differ_from_seen():
         assert not {repr(d) for d in task.seen.values()} & {repr(d) for d in task.unseen.values()}
 
 
+def value_inside(part, whole):
+    "Whether every value that a parameter can take lies in what another can take."
+    if part == whole:
+        return True
+    if isinstance(whole, deg.Choice):
+        return set(part.values if isinstance(part, deg.Choice) else [part]) <= set(whole.values)
+    if not isinstance(whole, deg.Distribution):
+        return False
+    low, high = (part.low, part.high) if isinstance(part, deg.Distribution) else (part, part)
+    return whole.low <= low and high <= whole.high
+
+
+def inside(part, whole):
+    "Whether a degradation is of a kind of another, every parameter within its range: compared field by field, nothing is drawn."
+    if isinstance(part, deg.OneOf):
+        return all(inside(kind, whole) for kind in part.kinds)
+    if isinstance(whole, deg.OneOf):
+        return any(inside(part, kind) for kind in whole.kinds)
+    if type(part) is not type(whole):
+        return False
+    if isinstance(whole, deg.Compose):
+        return len(part.steps) == len(whole.steps) and all(map(inside, part.steps, whole.steps))
+    if isinstance(whole, deg.Hybrid):
+        return set(deg.hybrid_bins(part.level, part.stratum, part.strata)) <= set(deg.hybrid_bins(whole.level, whole.stratum, whole.strata))
+    return all(value_inside(getattr(part, f.name), getattr(whole, f.name)) for f in fields(whole))
+
+
+def even_parts(values, whole):
+    "Whether the even mixture of the values (numbers or distributions) is the distribution `whole`."
+    if isinstance(whole, deg.Choice):
+        return list(values) == list(whole.values)
+    if isinstance(whole, deg.Squared):
+        return all(isinstance(v, deg.Squared) for v in values) and even_parts([v.base for v in values], whole.base)
+    if not isinstance(whole, deg.Uniform) or not all(isinstance(v, deg.Uniform) for v in values):
+        return False
+    edges = [(v.lo, v.hi) for v in values]
+    joined = edges[0][0] == whole.lo and edges[-1][1] == whole.hi and all(a[1] == b[0] for a, b in zip(edges, edges[1:]))
+    return joined and np.allclose([hi - lo for lo, hi in edges], (whole.hi - whole.lo) / len(edges), rtol=1e-12)
+
+
+def mixture_is(parts, whole):
+    "Whether the even mixture of the parts is the degradation `whole`."
+    if isinstance(whole, deg.OneOf):
+        return list(parts) == list(whole.kinds)
+    if isinstance(whole, deg.Hybrid):
+        bins = [deg.hybrid_bins(d.level, d.stratum, d.strata) for d in parts]
+        whole_bins = deg.hybrid_bins(whole.level, whole.stratum, whole.strata)
+        return sorted(sum(bins, ())) == sorted(whole_bins) and max(map(len, bins)) - min(map(len, bins)) <= 1
+    if any(type(d) is not type(whole) for d in parts):
+        return False
+    differ = [f.name for f in fields(whole) if any(getattr(d, f.name) != getattr(whole, f.name) for d in parts)]
+    return len(differ) == 1 and even_parts([getattr(d, differ[0]) for d in parts], getattr(whole, differ[0]))
+
+
+SINGLE = ["derain", "sr4", "derain_domains"]   # they train on one setting
+
+
+@pytest.mark.parametrize("name", list(data.TASKS))
+def test_confounders_lie_inside_the_training_distribution_and_make_it_up(name):
+    "No strategy of a table trains on what is scored as unseen, and all of them see one distribution."
+    task = data.task(name)
+    parts = list(task.confounders.values())
+    assert all(inside(d, task.train) for d in [task.train, *task.seen.values(), *parts])
+    assert not any(inside(d, task.train) for d in task.unseen.values())
+    assert not any(inside(u, d) for u in task.unseen.values() for d in parts)
+    if name in SINGLE:
+        assert not parts
+    else:
+        assert len(parts) >= 3 and mixture_is(parts, task.train)
+        assert all(d.scale == task.scale for d in parts) and not any(a == b for i, a in enumerate(parts) for b in parts[:i])
+
+
+LEAKS = [("derain", deg.rain("heavy")), ("derain", deg.rain("rain14000")), ("sr4", deg.RealESRGAN(1)), ("sr4", deg.Downsample(2)),
+         ("camera", deg.ColourNoise()), ("camera", deg.camera("smooth")), ("camera", deg.GaussianNoise(deg.Uniform(50, 56))),
+         ("denoise", deg.GaussianNoise(30)), ("denoise", deg.GaussianNoise(7)), ("denoise", deg.GaussianNoise(5, clip=False)),
+         ("denoise", deg.GaussianNoise(deg.Uniform(5, 20))), ("hybrid", deg.hybrid("moderate", 0, 4)), ("jdd", deg.RawNoise(0.16 ** 2, 0.07 ** 2)),
+         ("dehaze", deg.Haze(1.2, airlight=0.5)), ("allinone", deg.OneOf(deg.JPEG(20), deg.JPEG(8))), ("sr4_mixed", deg.Compose(deg.Downsample(4), deg.JPEG(30))),
+         ("sr4_mixed", deg.Compose(deg.GaussianBlur(1.0), deg.Downsample(4), deg.JPEG(70))), ("derain_mixed", deg.rain("rain12"))]
+
+
+@pytest.mark.parametrize("name, leak", LEAKS, ids=[f"{name}-{i}" for i, (name, _) in enumerate(LEAKS)])
+def test_a_leaked_confounder_is_found(name, leak):
+    task = data.task(name)
+    assert not inside(leak, task.train)
+    assert not mixture_is([*task.confounders.values(), leak], task.train)
+
+
+def test_a_mixture_that_is_another_distribution_is_found():
+    "Contained is not enough: some levels of an interval, unequal parts or a missing part are other data than the rival's."
+    haze, white = deg.Haze(), data.task("camera").train
+    assert not mixture_is([deg.Haze(b) for b in (0.6, 1.2, 1.8)], haze)
+    assert not mixture_is([deg.GaussianNoise(deg.Uniform(0, 10)), deg.GaussianNoise(deg.Uniform(10, 55))], white)
+    assert not mixture_is(list(data.task("camera").confounders.values())[:-1], white)
+    assert not mixture_is(list(data.task("denoise").confounders.values())[1:], data.task("denoise").train)
+    assert mixture_is([deg.GaussianNoise(deg.Uniform(0, 27.5)), deg.GaussianNoise(deg.Uniform(27.5, 55))], white)
+
+
+def test_divided_draws_what_the_whole_draws():
+    "The strengths of the parts, taken together, are uniform on the interval (the structure above, seen in numbers)."
+    parts = [d.sigma for d in data.task("camera").confounders.values()]
+    drawn = torch.cat([d.sample(5000, torch.Generator().manual_seed(i)) for i, d in enumerate(parts)]).sort().values
+    expected = torch.linspace(0, 55, len(drawn))
+    assert float((drawn - expected).abs().max()) < 55 * 0.01
+
+
 @pytest.mark.parametrize("seen, unseen, message", [
     ({"a/b": deg.Identity()}, {}, "setting 'a/b' must be letters"), ({"clean": deg.Identity()}, {}, "not 'clean'"),
     ({"": deg.Identity()}, {}, "setting ''"), ({"a": deg.Downsample(2)}, {}, "has scale 2, the task 1"),
@@ -900,3 +1006,57 @@ def test_real_pictures(corpus):
         data.real_pictures(two, "denoise")
     with pytest.raises(ValueError, match="unknown task 'x'"):
         data.real_pictures(two, "x")
+
+
+# ---------------------------------------------------------------- strange folders
+
+SCAN = """
+import sys, warnings
+from irnb import data
+warnings.simplefilter("ignore")
+found = data.scan(sys.argv[1])
+print(found.names, sorted(r.name for r in found.rejected))
+"""
+
+
+def test_a_pipe_in_a_folder_is_named_and_not_waited_for(corpus, tmp_path):
+    "In a process of its own, since a reader of the pipe would wait for ever."
+    shutil.copy(corpus["chelsea"].path, tmp_path / "cat.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "notes.txt")
+    done = subprocess.run([sys.executable, "-c", SCAN, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[0] == "['cat'] ['pipe.png']", done.stderr
+
+
+def test_links_that_loop_or_lead_nowhere(corpus, tmp_path):
+    shutil.copy(corpus["chelsea"].path, tmp_path / "cat.png")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "up").symlink_to(tmp_path)
+    (tmp_path / "itself.png").symlink_to(tmp_path / "itself.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
+    (tmp_path / "same.png").symlink_to(tmp_path / "cat.png")
+    with pytest.warns(UserWarning, match="gone.png"):
+        found = data.scan(tmp_path)
+    assert found.names == ["cat", "same"] and found.duplicates == (("cat", "same"),)
+    assert {r.name: "leads nowhere" in r.reason for r in found.rejected} == {"gone.png": True, "itself.png": True}
+
+
+def test_names_with_control_characters_are_shown_as_escapes(corpus, tmp_path):
+    "What reaches a terminal is one line without escape sequences; the names themselves stay."
+    folder = tmp_path / "a\x1b[31m\nb"
+    folder.mkdir()
+    shutil.copy(corpus["chelsea"].path, folder / "c\x1b[2J\n.png")
+    (folder / "bad\x1b[31m\n\udcff.png").write_text("no picture")
+    with pytest.warns(UserWarning) as caught:
+        found = data.scan(folder)
+    with pytest.raises(ValueError) as strict:
+        data.scan(folder, strict=True)
+    with pytest.raises(FileNotFoundError) as missing:
+        data.scan(folder / "c\x1b")
+    with pytest.raises(ValueError) as wrong:
+        data.scan(folder, pick=["x\n*"])
+    with pytest.raises(ValueError) as unknown:
+        found.subset(["d\x1b"])
+    for text in (str(caught[0].message), *(str(e.value) for e in (strict, missing, wrong, unknown))):
+        assert text.isprintable() and "\\x1b" in text
+    assert found.names == ["c\x1b[2J\n"] and found.rejected[0].reason.isprintable()

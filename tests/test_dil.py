@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from irnb import degradations as deg
 from irnb.networks import build
 from irnb.strategies import dil
-from irnb.strategies.dil import (DIL, PRESETS, RELEASED, TASK_SETS, VARIANTS, ConfounderBatch, ConfounderSet, InnerAdam, dataset_types, dil_direction,
-                                 gaussian_blur, gaussian_noise, hybrid, pick_confounders, rain_families, real_esrgan, released_order)
+from irnb.strategies.dil import (DIL, PRESETS, RELEASED, VARIANTS, ConfounderBatch, ConfounderSet, InnerAdam, dataset_types, dil_direction,
+                                 gaussian_blur, gaussian_noise, hybrid, pick_confounders, rain_families, real_esrgan, released_order, task_confounders)
 from irnb.strategies.strategy import Supervised, ToyNet, charbonnier, contract, l1, mse, toy_batch
 
 f64 = torch.float64
@@ -262,6 +262,79 @@ def test_hvp_modes_agree(variant):
     want = flat(find(variant, hvp="explicit", **kw))
     for hvp, error in (("autograd", 1e-12), ("jvp", 1e-12), ("finite_difference", 1e-6)):
         torch.testing.assert_close(flat(find(variant, hvp=hvp, **kw)), want, rtol=0, atol=error * float(want.norm()))
+
+
+NORMALISED = {"NAFNet": lambda: build("NAFNet", preset="tiny"), "Restormer": lambda: build("Restormer", preset="tiny"),
+              "BatchNorm": lambda: with_norm(nn.BatchNorm2d(6)), "BatchNorm without statistics": lambda: with_norm(nn.BatchNorm2d(6, track_running_stats=False)),
+              "InstanceNorm": lambda: with_norm(nn.InstanceNorm2d(6, affine=True)), "GroupNorm": lambda: with_norm(nn.GroupNorm(2, 6))}
+
+
+def with_norm(norm):
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), norm, nn.GELU(), nn.Conv2d(6, 3, 3, padding=1))
+
+
+def moved(name):
+    "A network in double precision whose weights are off their initial values (some blocks begin with a factor of zero)."
+    torch.manual_seed(0)
+    net = NORMALISED[name]().double()
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return net
+
+
+@pytest.mark.parametrize("loss", [mse, charbonnier, nn.MSELoss()], ids=["mse", "charbonnier", "MSELoss"])
+@pytest.mark.parametrize("name", list(NORMALISED))
+def test_hessian_modes_agree_through_normalisation(name, loss):
+    "On convolutions alone every order of differentiation is right; through LayerNorm and BatchNorm not."
+    net = moved(name)
+    kw = dict(net=net, loss=loss, support=images(n=2, channels=3, side=8, seed=1), query=images(n=2, channels=3, side=8, seed=2), order=(1, 0))
+    want = flat(find("ss", hvp="explicit", **kw))
+    curvature = float((want - flat(find("ss_fo", **kw))).norm())
+    assert curvature > 1e-3 * float(want.norm())   # there is a Hessian to be wrong about
+    ways = {"jvp": {"hvp": "jvp"}} | ({} if list(net.buffers()) else {"vmap": {"branches": "vmap"}})
+    assert len(ways) == 2 or name == "BatchNorm"
+    for way in ways.values():
+        torch.testing.assert_close(flat(find("ss", **way, **kw)), want, rtol=0, atol=1e-9 * float(want.norm()))
+
+
+def test_jvp_leaves_other_squared_errors_to_torch():
+    "Only the plain mean is written out; sums go to torch, which stops or is right, but never silently wrong."
+    kw = dict(net=moved("InstanceNorm"), support=images(n=2, channels=3, side=8, seed=1), query=images(n=2, channels=3, side=8, seed=2), order=(1, 0))
+    for loss in (lambda a, b: F.mse_loss(a, b, reduction="sum") / a.numel(), lambda a, b: F.mse_loss(a, b, reduction="none").mean()):
+        want = flat(find("ss", loss=loss, hvp="explicit", **kw))
+        try:
+            found = flat(find("ss", loss=loss, hvp="jvp", **kw))
+        except RuntimeError:
+            continue
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-9 * float(want.norm()))
+
+
+class Masked(nn.Module):
+    "One weight and a dropout mask on its input."
+    def __init__(self):
+        super().__init__()
+        self.weight, self.drop = nn.Parameter(torch.ones((), dtype=f64)), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.weight * self.drop(x)
+
+
+def test_vmap_sees_the_same_dropout_mask_in_the_hessian_product():
+    """L = a theta^2 with a drawn by the mask, so a and b follow from the two losses, and G = 2 b phi (1 - 2 alpha a) only if
+    the Hessian product drew the a of the inner step."""
+    x = torch.rand(4, 1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=f64)
+    batch, alpha = ConfounderBatch([x], [torch.zeros_like(x)], ["one"]), 0.2
+    def run(seed, outside):
+        torch.manual_seed(outside)
+        return find("ss", alpha, net=Masked(), support=batch, branches="vmap", generator=torch.Generator().manual_seed(seed))
+    d = run(3, 1)
+    a = float(d.support_loss)
+    phi = 1 - 2 * alpha * a
+    b = float(d.query_loss) / phi ** 2
+    assert a != pytest.approx(b)   # the outer loss has masks of its own
+    assert float(d.grads["weight"]) == pytest.approx(2 * b * phi * (1 - 2 * alpha * a), rel=1e-12)
+    assert torch.equal(run(3, 2).grads["weight"], d.grads["weight"])   # the global random state does not matter
+    assert not torch.equal(run(4, 1).grads["weight"], d.grads["weight"])
 
 
 @pytest.mark.parametrize("variant", ["sf", "pf", "ps", "ss", "ss_same", "ss_chain", "pf_branch"])
@@ -699,13 +772,36 @@ def test_counters_and_logs():
 
 
 # --- confounder sets --------------------------------------------------------------------------------------------------------------
-def test_presets():
+SINGLE = ("derain", "derain_domains", "sr4")   # they train on one setting
+
+
+def test_confounders_of_a_task_are_the_tasks_own():
+    "By the task's name, which `confounders: $task` gives, DIL trains on the task's training distribution in even parts."
     from irnb.data import TASKS
-    assert set(TASK_SETS) == set(TASKS)   # `confounders: $task` works for every task
-    clean = toy_batch(2, 32)["clean"]
-    for name, task in TASK_SETS.items():
-        b = pick_confounders(name).sample(clean, generator=torch.Generator().manual_seed(0))
-        assert len(b) >= 3 and all(x.isfinite().all() for x in b.x)
+    clean, named = toy_batch(2, 32)["clean"], [name for name in TASKS if name not in SINGLE]
+    assert len(named) >= 12
+    for name in named:
+        found = pick_confounders(name)
+        assert dict(zip(found.names, found.items)) == dict(TASKS[name].confounders) and len(found) >= 3 and found.weights is None
+        b = found.sample(clean, generator=torch.Generator().manual_seed(0))
+        assert all(x.isfinite().all() and x.shape[-1] * TASKS[name].scale == 32 for x in b.x)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_task_with_one_training_setting_refuses_dil(name):
+    with pytest.raises(ValueError, match=f"'{name}' trains on a single setting.*derain_mixed"):
+        DIL(ToyNet(), name)
+    with pytest.raises(ValueError, match=name):
+        task_confounders(name)
+
+
+def test_tasks_of_the_committed_experiments_keep_their_confounders():
+    "The same objects and names as the sets that the committed results were made with, so the same bits."
+    for name, kept in (("denoise", gaussian_noise()), ("deblur", gaussian_blur()), ("hybrid", hybrid())):
+        assert pick_confounders(name).items == kept.items and pick_confounders(name).names == kept.names
+
+
+def test_presets():
     assert [d.sigma for d in gaussian_noise().items] == [5, 10, 15, 20] and [d.sigma for d in gaussian_blur().items] == [1, 2, 3, 4]
     assert [d.kernel_size for d in gaussian_blur().items] == [21] * 4
     assert [d.family for d in rain_families().items] == ["did", "rain14000", "heavy"] if hasattr(rain_families().items[0], "family") else True
@@ -725,10 +821,10 @@ def test_real_esrgan_modes_differ_in_what_dominates():
     assert [d.order for d in real_esrgan(1).items] == [1] * 4 and whole.scale == 4
 
 
-def test_real_esrgan_trains_a_x4_network():
+def test_a_mixture_trains_a_x4_network():
     net = build("NAFNet", preset="tiny", upscale=4)
     clean = F.interpolate(toy_batch(2, 8)["clean"], 64)
-    s = DIL(net, "sr4", variant="sf")
+    s = DIL(net, "sr4_mixed", variant="sf")
     s({"clean": clean}).backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
 
@@ -835,7 +931,7 @@ def test_non_finite_steps_are_skipped_counted_and_stop_the_run(variant):
     for _ in range(3):
         opt.zero_grad()
         loss = strategy(toy_batch())
-        assert bool(loss.isfinite())
+        assert not bool(loss.isfinite()) and not bool(strategy.logs["task_loss"].isfinite())   # not the loss of an earlier step
         loss.backward()
         opt.step()
         strategy.after_step()
@@ -854,7 +950,7 @@ def test_the_training_loop_survives_a_skipped_step():
         calls = 0
         def forward(self, x):
             self.calls += 1
-            self.bad = 5 <= self.calls < 9 and self.training
+            self.bad = 6 <= self.calls < 9 and self.training   # the second step, from its first virtual step on
             return super().forward(x)
     class Batches:
         def batch(self, step):
@@ -862,6 +958,65 @@ def test_the_training_loop_survives_a_skipped_step():
     strategy = DIL(Once(), variant="sf")
     result = run_training(strategy, Batches(), TrainConfig(steps=4, log_every=2, warmup=1), device="cpu", progress=False)
     assert strategy.counters["skipped"] == 1 and strategy.counters["steps"] == 3 and len(result.history) == 2
+
+
+@pytest.mark.parametrize("variant", ["sf", "pf", "ps", "ss", "ss_chain", "erm", "erm_sequential", "lookahead"])
+@pytest.mark.parametrize("pixels", [1, None], ids=["one NaN", "all NaN"])
+def test_a_batch_that_is_not_finite_shows_in_the_loss(variant, pixels):
+    "Also after good steps, whose loss must not be shown again; nothing moves."
+    strategy = DIL(ToyNet(), variant=variant)
+    strategy(toy_batch()).backward()
+    strategy.after_step()
+    batch, kept = toy_batch(seed=1), weights(strategy.net)
+    batch["clean"].flatten()[:pixels] = math.nan
+    strategy.net.zero_grad()
+    loss = strategy(batch)
+    loss.backward()
+    assert not bool(loss.isfinite()) and not bool(strategy.logs["task_loss"].isfinite()) and float(strategy.logs["skipped"]) == 1
+    assert all(p.grad is None for p in strategy.net.parameters()) and torch.equal(weights(strategy.net), kept)
+    strategy.after_step()
+    assert bool(strategy.loss_theta.isfinite())
+
+
+@pytest.mark.parametrize("entry", ["degraded", "clean"])
+@pytest.mark.parametrize("variant", ["sf", "ps", "ss"])
+def test_a_nan_in_one_type_of_a_paired_batch_shows_in_the_loss(variant, entry):
+    for place in (0, 1):   # whichever type comes first in the chain
+        batch = toy_batch()
+        batch[entry] = batch[entry].clone()
+        batch[entry][place, 0, 0, 0] = math.nan
+        assert not bool(DIL(ToyNet(), 2, variant=variant)(batch).isfinite())
+
+
+def test_a_virtual_step_that_explodes_shows_the_loss_at_theta():
+    "The batch is good, so the loss is that of the network on it, measured in this step."
+    class Second(Explodes):
+        calls = 0
+        def forward(self, x):
+            self.calls += 1
+            self.bad = self.calls > 1
+            return super().forward(x)
+    good, bad = DIL(ToyNet(), variant="ps"), DIL(Second(), variant="ps")
+    expected, found = good(toy_batch()), bad(toy_batch())
+    assert float(bad.logs["skipped"]) == 1 and torch.equal(found.detach(), expected.detach())
+    assert torch.equal(bad.logs["loss_phi"], bad.logs["task_loss"])
+
+
+def test_training_stops_where_the_network_fails_at_theta():
+    "Not the virtual step but the network itself is broken from the fourth step on: four evaluations in each."
+    from irnb.training import NonFiniteError, TrainConfig, train as run_training
+    class Breaks(Explodes):
+        calls = 0
+        def forward(self, x):
+            self.calls += 1
+            self.bad = self.calls > 12 and self.training
+            return super().forward(x)
+    class Batches:
+        def batch(self, step):
+            return toy_batch(seed=step)
+    with pytest.raises(NonFiniteError) as caught:
+        run_training(DIL(Breaks()), Batches(), TrainConfig(steps=6, log_every=2, warmup=1), device="cpu", progress=False)
+    assert caught.value.step == 3
 
 
 def test_no_check_leaves_it_to_the_loop():
@@ -910,3 +1065,24 @@ def test_resume_mid_round_of_lookahead():
             s.after_step()
         return weights(s.net)
     assert torch.equal(run(None), run(6))
+
+
+@pytest.mark.parametrize("options", [{}, {"inner": "adam", "alpha": 1e-3}])
+def test_the_extra_state_is_a_tensor_and_old_dictionaries_load(options):
+    "Formats for tensors alone take the whole state; what earlier versions stored still resumes."
+    strategy = DIL(ToyNet(), **options)
+    for step in range(3):
+        strategy(toy_batch(seed=step)).backward()
+        strategy.after_step()
+    state = strategy.state_dict()
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    old = {"step": 3, "counters": dict(strategy.counters), "skips": 0, "inner_steps": strategy.inner.steps if strategy.inner else 0}
+    for extra in (state["_extra_state"], state["_extra_state"].float(), old):
+        fresh = DIL(ToyNet(seed=1), **options)
+        fresh.load_state_dict(state | {"_extra_state": extra})
+        assert fresh.step == 3 and fresh.counters == strategy.counters and fresh.counters["grad_images"] > 0
+        assert not strategy.inner or fresh.inner.steps == strategy.inner.steps > 0
+        assert torch.equal(fresh(toy_batch(seed=9)), strategy(toy_batch(seed=9)))
+        strategy._calls = 0
+    with pytest.raises(ValueError, match="counters"):
+        strategy.set_extra_state(torch.zeros(2))

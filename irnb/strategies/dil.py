@@ -16,14 +16,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from .. import degradations as deg
 from .strategy import Strategy, mix_seed, pick_loss, pixel_loss, surrogate
 
 # %% auto #0
-__all__ = ['PRESETS', 'TASK_SETS', 'Term', 'HVP', 'VARIANTS', 'RELEASED', 'Confounder', 'ConfounderBatch', 'ConfounderSet',
-           'PairedTypes', 'dataset_types', 'gaussian_noise', 'gaussian_blur', 'hybrid', 'rain_families', 'bayer_noise',
-           'haze', 'raw_noise', 'kinds', 'real_esrgan', 'pick_confounders', 'hessian_vector', 'InnerAdam', 'Direction',
+__all__ = ['PRESETS', 'Term', 'HVP', 'VARIANTS', 'RELEASED', 'Confounder', 'ConfounderBatch', 'ConfounderSet', 'PairedTypes',
+           'dataset_types', 'gaussian_noise', 'gaussian_blur', 'hybrid', 'rain_families', 'bayer_noise',
+           'task_confounders', 'real_esrgan', 'pick_confounders', 'hessian_vector', 'InnerAdam', 'Direction',
            'dil_direction', 'released_order', 'DIL']
 
 # %% ../../nbs/strategies/21_dil.ipynb #dfbcd0da
@@ -166,23 +168,15 @@ def bayer_noise() -> ConfounderSet:
     return ConfounderSet([deg.ColourNoise(pattern=p) for p in deg.BAYER], names=[p.lower() for p in deg.BAYER])
 
 # %% ../../nbs/strategies/21_dil.ipynb #5246cda2
-def haze(betas: Sequence[float] = (0.6, 1.2, 1.8),  # scattering coefficients
-         ) -> ConfounderSet:
-    "Homogeneous haze over a random smooth depth."
-    return ConfounderSet([deg.Haze(b) for b in betas], names=[f"beta_{b:g}" for b in betas])
-
-
-def raw_noise(levels: Sequence[float] = (0.25, 0.5, 1.0),  # multiples of the strongest training noise
-              form: str = "masked",  # RGGB mosaic, or "full" for every channel sampled
-              ) -> ConfounderSet:
-    "Poisson-Gaussian noise: shot (0.16 l)^2, read (0.06 l)^2."
-    return ConfounderSet([deg.RawNoise((0.16 * v) ** 2, (0.06 * v) ** 2, form=form) for v in levels], names=[f"raw_{v:g}" for v in levels])
-
-# %% ../../nbs/strategies/21_dil.ipynb #9c16d284
-def kinds() -> ConfounderSet:
-    "One confounder per kind of damage of the task `allinone`: noise, blur, haze, rain, JPEG."
+def task_confounders(name: str,  # of a task, see `irnb.data.TASKS`
+                     ) -> ConfounderSet:
+    "The task's training distribution in even parts; ValueError for a task that trains on a single setting."
     from irnb.data import task
-    return ConfounderSet(task("allinone").train.kinds, names=["noise", "blur", "haze", "rain", "jpeg"])
+    parts = task(name).confounders
+    if not parts:
+        raise ValueError(f"task {name!r} trains on a single setting, so DIL has no confounders there; use a task that trains "
+                         "on several, such as derain_mixed or sr4_mixed, or another strategy")
+    return ConfounderSet(list(parts.values()), names=list(parts))
 
 # %% ../../nbs/strategies/21_dil.ipynb #39c3eca4
 def real_esrgan(order: int = 1,  # stages: 1 or 2
@@ -204,24 +198,25 @@ def real_esrgan(order: int = 1,  # stages: 1 or 2
 # %% ../../nbs/strategies/21_dil.ipynb #bdd06705
 PRESETS: dict[str, Callable[..., ConfounderSet | PairedTypes]] = {
     "gaussian_noise": gaussian_noise, "gaussian_blur": gaussian_blur, "hybrid": hybrid, "real_esrgan": real_esrgan, "bayer_noise": bayer_noise,
-    "rain_families": rain_families, "haze": haze, "raw_noise": raw_noise, "raw_noise_full": functools.partial(raw_noise, form="full"), "kinds": kinds, "types": dataset_types}
-TASK_SETS = {"denoise": "gaussian_noise", "deblur": "gaussian_blur", "hybrid": "hybrid", "derain": "rain_families", "sr4": "real_esrgan", "camera": "bayer_noise",
-             "camera_textured": "bayer_noise", "dehaze": "haze", "jdd": "raw_noise", "denoise_raw": "raw_noise_full", "allinone": "kinds",
-             "derain_domains": "rain_families", "deblur_domains": "gaussian_blur", "real_noise": "gaussian_noise"}
+    "rain_families": rain_families, "types": dataset_types}
 
 
-def pick_confounders(what: Any,  # a set, degradations, a name of `PRESETS` or `TASK_SETS`, {name: arguments}, or a number of paired types
+def pick_confounders(what: Any,  # a set, degradations, a task's name, a name of `PRESETS` or {it: arguments}, a number of types
                      ) -> ConfounderSet | PairedTypes:
     "The set that is meant; raises ValueError with the known names."
+    from irnb.data import TASKS
     if isinstance(what, (ConfounderSet, PairedTypes)):
         return what
+    if isinstance(what, str) and what in TASKS:
+        return task_confounders(what)
     if isinstance(what, int) and not isinstance(what, bool):
         return PairedTypes([f"type_{i}" for i in range(what)])
     name, given = next(iter(what.items())) if isinstance(what, Mapping) and len(what) == 1 else (what, {})
     if isinstance(name, str):
-        preset = PRESETS.get(TASK_SETS.get(name, name))
+        preset = PRESETS.get(name)
         if preset is None:
-            raise ValueError(f"unknown confounders {name!r}: choose one of {sorted({*PRESETS, *TASK_SETS})}, or pass degradations")
+            raise ValueError(f"unknown confounders {name!r}: choose one of {sorted(PRESETS)}, the name of a task "
+                             "(without arguments), or pass degradations")
         return preset(**given) if isinstance(given, Mapping) else preset(*given) if name == "types" else preset(given)
     if isinstance(what, Sequence):
         return ConfounderSet(what)
@@ -316,13 +311,30 @@ def _double_backward(ev: _Evaluator, params: Sequence[Tensor], terms: Sequence[T
     return out
 
 
-def _reverse_over_forward(ev: _Evaluator, params: Sequence[Tensor], terms: Sequence[Term], vector: Sequence[Tensor], key: int) -> list[Tensor]:
-    "Hv as the gradient of the directional derivative (the other order trips over F.mse_loss in torch 2.13)."
+class _WrittenOut(TorchFunctionMode):
+    "Computes `F.mse_loss` by its formula: torch 2.13 has no forward derivative of its gradient."
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        plain = kwargs.get("reduction", "mean") == "mean" and kwargs.get("weight") is None
+        if func is F.mse_loss and len(args) == 2 and plain:
+            return (args[0] - args[1]).square().mean()
+        return func(*args, **kwargs)
+
+
+def _along(loss: Callable[[Any], Tensor], params: Any, vector: Any) -> Any:
+    "The derivative of the gradient of a loss along a vector: Hv."
+    with _WrittenOut():
+        return torch.func.jvp(torch.func.grad(loss), (params,), (vector,))[1]
+
+
+def _forward_over_reverse(ev: _Evaluator, params: Sequence[Tensor], terms: Sequence[Term], vector: Sequence[Tensor], key: int,
+                          ) -> list[Tensor]:
+    "Hv as the directional derivative of the gradient, term by term."
     torch.manual_seed(mix_seed(ev.seed, key))
     out = [torch.zeros_like(p) for p in params]
     for weight, x, y in terms:
-        slope = lambda p: torch.func.jvp(lambda q: weight * ev.loss(q, x, y), (p,), (list(vector),))[1]
-        torch._foreach_add_(out, torch.func.grad(slope)(list(params)))
+        torch._foreach_add_(out, _along(lambda p: weight * ev.loss(p, x, y), list(params), list(vector)))
     return out
 
 
@@ -337,7 +349,7 @@ def _central_difference(ev: _Evaluator, params: Sequence[Tensor], terms: Sequenc
     return torch._foreach_div(torch._foreach_sub(up, down), 2 * eps)
 
 
-HVP = {"explicit": _double_backward, "jvp": _reverse_over_forward, "finite_difference": _central_difference}
+HVP = {"explicit": _double_backward, "jvp": _forward_over_reverse, "finite_difference": _central_difference}
 
 
 def hessian_vector(ev: _Evaluator,  # the network and loss
@@ -607,10 +619,13 @@ def _ss_vmap(plan: _Plan) -> tuple[list[Tensor], Tensor, Tensor | None]:
     (_, xq, yq), = _mixed(plan.query(), "concat", None)
     loss = lambda p, a, b: ev.loss_fn(functional_call(ev.model, dict(zip(ev.names, p)), (a,)), b)
     theta, slope = tuple(ev.theta), torch.func.grad_and_value(loss)
+    torch.manual_seed(mix_seed(ev.seed, 0))
     grads, losses = torch.func.vmap(slope, (None, 0, 0), randomness="different")(theta, x, y)
     phi = tuple(p - alpha * g for p, g in zip(theta, grads))
+    torch.manual_seed(mix_seed(ev.seed, _OUTER_KEY))
     vectors, values = torch.func.vmap(slope, (0, None, None), randomness="different")(phi, xq, yq)
-    curve = lambda a, b, v: torch.func.grad(lambda p: torch.func.jvp(lambda q: loss(q, a, b), (p,), (v,))[1])(theta)
+    curve = lambda a, b, v: _along(lambda p: loss(p, a, b), theta, v)
+    torch.manual_seed(mix_seed(ev.seed, 0))  # the masks of the inner step
     curved = torch.func.vmap(curve, (0, 0, 0), randomness="different")(x, y, vectors)
     n = len(plan.support)
     ev.grad_images, ev.hvps, ev.hvp_images = ev.grad_images + x[:, :, 0, 0, 0].numel() + n * len(xq), ev.hvps + n, ev.hvp_images + x[:, :, 0, 0, 0].numel()
@@ -806,16 +821,31 @@ class DIL(Strategy):
         "The published training loop: `sf` with a persistent inner Adam and the raw displacement; use torch.optim.Adam(lr=1e-4) outside."
         return cls(net, confounders, **{**RELEASED, **options})
 
-    def get_extra_state(self) -> dict:
-        "Counters, so that `state_dict()` alone resumes."
-        return {"step": self.step, "counters": dict(self.counters), "skips": self._skips, "inner_steps": self.inner.steps if self.inner else 0}
+    def get_extra_state(self) -> Tensor:
+        "Counters as a tensor, so that `state_dict()` alone resumes and every file format keeps it."
+        inner = self.inner.steps if self.inner else 0
+        return torch.tensor([self.step, self._skips, inner, *self.counters.values()], dtype=torch.float64)
 
-    def set_extra_state(self, state: dict) -> None:
-        "Restore the counters."
-        super().set_extra_state(state)
-        self.counters, self._skips, self._pending = dict(state["counters"]), state["skips"], None
-        if self.inner:
-            self.inner.steps = state["inner_steps"]
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
+        "Restore the counters, from the dictionary of earlier versions too; ValueError for another number of them."
+        _restore_counters(self, state)
+
+# %% ../../nbs/strategies/21_dil.ipynb #d11c0f07
+def _restore_counters(self: DIL, state: Tensor | Mapping[str, Any]) -> None:
+    "Set the counters from a stored state."
+    if isinstance(state, Mapping):
+        counted = state["counters"]
+        values = [state["step"], state["skips"], state["inner_steps"], *(counted[name] for name in self.counters)]
+    else:
+        values = [int(value) for value in state.tolist()]
+    if len(values) != 3 + len(self.counters):
+        raise ValueError(f"DIL: the stored state has {len(values)} counters, this version has {3 + len(self.counters)}; "
+                         "load it with the version that wrote it")
+    self.step, self._skips, inner, *counters = values
+    self.counters = dict(zip(self.counters, counters))
+    self._calls, self._pending = 0, None
+    if self.inner:
+        self.inner.steps = inner
 
 # %% ../../nbs/strategies/21_dil.ipynb #8bd4df53
 def _check(self: DIL, inner: str, loss: Any) -> None:
@@ -855,7 +885,7 @@ def _batches(self: DIL, batch: Mapping[str, Tensor], generator: torch.Generator)
         return support, queries
     if isinstance(self.confounders, PairedTypes):
         raise ValueError("DIL: paired types cannot be degraded afresh; use query='independent' or 'reuse'")
-    clean = batch["query"] if self.query == "independent" else batch["clean"]
+    clean, = self.take(batch, "query" if self.query == "independent" else "clean")
     return whole, [self.confounders.sample(clean, generator=generator, counterfactual=self.counterfactual)]
 
 
@@ -892,7 +922,7 @@ def _step(self: DIL, batch: Mapping[str, Tensor]) -> Tensor:
     state = self.inner.begin() if self.inner else None
     found = dil_direction(self.net, functools.partial(pixel_loss, self.loss), support, queries or None, variant=self.variant, alpha=self.alpha,
                           order=order, inner=state, generator=generator, **self.options)
-    return _hand_over(self, found, state, refresh)
+    return _hand_over(self, found, state, refresh, batch)
 
 
 def _has_statistics(net: nn.Module) -> bool:
@@ -900,7 +930,8 @@ def _has_statistics(net: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats for m in net.modules())
 
 # %% ../../nbs/strategies/21_dil.ipynb #f00bc808
-def _hand_over(self: DIL, found: Direction, state: Any, refresh: ConfounderBatch | None) -> Tensor:
+def _hand_over(self: DIL, found: Direction, state: Any, refresh: ConfounderBatch | None, batch: Mapping[str, Tensor],
+               ) -> Tensor:
     "Surrogate loss, logs, pending changes; a skipped step where something is not finite."
     parameters = [p for p in self.net.parameters() if p.requires_grad]
     grads, value, phi = list(found.grads.values()), found.support_loss, found.query_loss
@@ -908,7 +939,7 @@ def _hand_over(self: DIL, found: Direction, state: Any, refresh: ConfounderBatch
     if self.max_skips is not None:
         norm = torch.stack(torch._foreach_norm(grads)).sum()
         if not bool(torch.isfinite(norm + value + phi)):
-            return _skip(self, found, parameters, cost)
+            return _skip(self, found, parameters, cost, batch)
     scalars = {"task_loss": value, "loss_phi": phi} | {f"loss_{name}": loss for name, loss in found.losses.items()}
     self.log(**scalars, **({} if found.cos_erm is None else {"cos_erm": found.cos_erm}))
     self._pending = {"state": state, "refresh": refresh, "cost": cost, "theta": value, "phi": phi, "skipped": False,
@@ -916,18 +947,28 @@ def _hand_over(self: DIL, found: Direction, state: Any, refresh: ConfounderBatch
     return surrogate(value, parameters, grads)
 
 
-def _skip(self: DIL, found: Direction, parameters: list[Tensor], cost: dict[str, int]) -> Tensor:
+def _loss_at_theta(self: DIL, found: Direction, batch: Mapping[str, Tensor]) -> Tensor:
+    "The loss before any virtual step (of the chains: the first); NaN if an image has a value that is not finite."
+    chain = self.base == "sf" or self.base == "ss" and self.switches["serial"] == "chain"
+    value = next(iter(found.losses.values())) if chain else found.support_loss
+    images = [batch[name] for name in (*self.needs, "query") if name in batch]
+    return value.detach() + sum((x * 0).sum() for x in images).to(value)
+
+
+def _skip(self: DIL, found: Direction, parameters: list[Tensor], cost: dict[str, int], batch: Mapping[str, Tensor],
+          ) -> Tensor:
     "A scalar that moves nothing; raises FloatingPointError after too many in a row."
     if self._skips + 1 > self.max_skips:
         losses = {name: float(loss) for name, loss in found.losses.items()} or {"support": float(found.support_loss)}
         raise FloatingPointError(f"DIL ({self.variant}, alpha {self.alpha:g}): the virtual step was not finite {self._skips + 1} times in a row, last at step {self.step} "
                                  f"(losses {losses}); use a smaller alpha or learning rate, or look at the batch")
-    self.log(task_loss=self.loss_theta, loss_phi=self.loss_phi, skipped=torch.ones(()))
+    value = _loss_at_theta(self, found, batch)
+    self.log(task_loss=value, loss_phi=value, skipped=torch.ones(()))  # without a virtual step phi is theta
     self._pending = {"skipped": True, "cost": cost}
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if several:
-        return surrogate(self.loss_theta, parameters, [torch.zeros_like(p) for p in parameters])
-    return self.loss_theta.detach().clone().requires_grad_()
+        return surrogate(value, parameters, [torch.zeros_like(p) for p in parameters])
+    return value.requires_grad_()
 
 # %% ../../nbs/strategies/21_dil.ipynb #9e6120f7
 def _settle(self: DIL) -> None:
