@@ -116,9 +116,9 @@ def test_sizes_from_one_pixel_up(tmp_path, model):
 def test_enlarging_networks(tmp_path):
     spec = {"network": {"name": "tests.test_restore.Enlarge"}}
     saved(tmp_path / "m", spec)
-    net, _ = load_model(tmp_path / "m")
+    net, _ = load_model(tmp_path / "m", trust=True)
     write_array(tmp_path / "a.png", np.concatenate([PHOTO, ALPHA], 2))
-    (result,) = restore_files([tmp_path / "a.png"], tmp_path / "out", tmp_path / "m", tile=64, progress=False)
+    (result,) = restore_files([tmp_path / "a.png"], tmp_path / "out", tmp_path / "m", tile=64, trust=True, progress=False)
     assert result.error is None
     back, _ = read_array(result.target)
     with torch.no_grad():
@@ -386,7 +386,7 @@ def test_unusable_models(tmp_path, model, monkeypatch, capsys, name):
     bad_models(tmp_path, model)
     write_array(tmp_path / "a.png", PHOTO[:40, :40])
     before = snapshot(tmp_path)
-    code = main([str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--model", str(tmp_path / name)])
+    code = main([str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--model", str(tmp_path / name), "--trust"])
     said = capsys.readouterr().err
     assert code == 2 and str(tmp_path / name) in said and ";" in said and "Traceback" not in said
     assert snapshot(tmp_path) == before and not (tmp_path / "out").exists() and not (tmp_path / "owned").exists()
