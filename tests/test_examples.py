@@ -106,8 +106,9 @@ def every_strategy():
                "SPN": {"extractor": "random", "rho": .1, "negatives": [{"interval": 2, "decay": .1}]},
                "IRConStyle": {"queue_size": 12}, "ConStylePretraining": {"queue_size": 12, "crop": 16}}
     nets = {"IRConStyle": told, "ConStylePretraining": encoder}
-    classes = {name: getattr(strategies, name) for name in strategies.__all__ if inspect.isclass(getattr(strategies, name))}
-    found = {name: c for name, c in classes.items() if issubclass(c, strategies.Strategy) and not inspect.isabstract(c)}
+    classes = {name: getattr(strategies, name) for name in dir(strategies) if not name.startswith("_")}
+    found = {name: c for name, c in classes.items()
+             if inspect.isclass(c) and issubclass(c, strategies.Strategy) and not inspect.isabstract(c)}
     makers = {name: lambda c=c, name=name: c(nets.get(name, ToyNet)(), **options.get(name, {})) for name, c in found.items()}
     beside = lambda: found["IRConStyle"](ToyNet(), queue_size=12, encoder=SMALL, condition=False)
     return makers | {"DIL ps": lambda: found["DIL"](ToyNet(), variant="ps"), "IRConStyle beside a network": beside}
