@@ -102,13 +102,16 @@ def every_strategy():
             torch.manual_seed(0)
             return ConStyleEncoder(**SMALL)
 
-    options = {"CR": {"extractor": "random"}, "SPN": {"extractor": "random", "rho": .1, "negatives": [{"interval": 2, "decay": .1}]}, "NoiseDA": {"denoiser": "nano"},
-               "FineTune": {"layers": 1}, "IRConStyle": {"queue_size": 12}, "ConStylePretraining": {"queue_size": 12, "crop": 16}, "DIL": {"inner": "adam"}}
+    options = {"CR": {"extractor": "random"}, "NoiseDA": {"denoiser": "nano"}, "FineTune": {"layers": 1}, "DIL": {"inner": "adam"},
+               "SPN": {"extractor": "random", "rho": .1, "negatives": [{"interval": 2, "decay": .1}]},
+               "IRConStyle": {"queue_size": 12}, "ConStylePretraining": {"queue_size": 12, "crop": 16}}
     nets = {"IRConStyle": told, "ConStylePretraining": encoder}
     classes = {name: getattr(strategies, name) for name in dir(strategies) if not name.startswith("_")}
-    found = {name: c for name, c in classes.items() if inspect.isclass(c) and issubclass(c, strategies.Strategy) and not inspect.isabstract(c)}
+    found = {name: c for name, c in classes.items()
+             if inspect.isclass(c) and issubclass(c, strategies.Strategy) and not inspect.isabstract(c)}
     makers = {name: lambda c=c, name=name: c(nets.get(name, ToyNet)(), **options.get(name, {})) for name, c in found.items()}
-    return makers | {"DIL ps": lambda: found["DIL"](ToyNet(), variant="ps"), "IRConStyle around a network": lambda: found["IRConStyle"](ToyNet(), queue_size=12, encoder=SMALL, condition=False)}
+    beside = lambda: found["IRConStyle"](ToyNet(), queue_size=12, encoder=SMALL, condition=False)
+    return makers | {"DIL ps": lambda: found["DIL"](ToyNet(), variant="ps"), "IRConStyle beside a network": beside}
 
 
 STRATEGIES = every_strategy()

@@ -1,4 +1,4 @@
-"""Types for those who use the library: the marker file, hints that resolve, and names that appear on demand but are visible without running anything."""
+"""Types for users of the library: the marker file, hints that resolve, names on demand that a type checker sees."""
 import ast
 import importlib
 import inspect
@@ -39,14 +39,15 @@ FIGURES = {"irnb.evaluation", "irnb.explorer"}  # they import matplotlib's Figur
 xfail = pytest.mark.xfail(reason="Figure is not a name at run time")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=xfail) if name in FIGURES else name for name in MODULES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=xfail) if n in FIGURES else n for n in MODULES])
 def test_hints_of_public_names_resolve(name):
     assert list(unresolved(importlib.import_module(name))) == []
 
 
 def test_a_hint_that_does_not_resolve_is_found():
     module = type(importlib)("broken")
-    exec("from __future__ import annotations\n__all__ = ['f', 'C']\ndef f(x: Nowhere): ...\nclass C:\n    @property\n    def p(self) -> Missing: ...", module.__dict__)
+    exec("from __future__ import annotations\n__all__ = ['f', 'C']\ndef f(x: Nowhere): ...\n"
+         "class C:\n    @property\n    def p(self) -> Missing: ...", module.__dict__)
     assert [line.split()[0] for line in unresolved(module)] == ["f", "C"]
 
 
@@ -58,15 +59,18 @@ def test_the_package_says_that_it_is_typed():
 
 def checker_sees(path):
     "The modules from which a file takes all names, below `if TYPE_CHECKING`."
-    blocks = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"]
-    return sorted(node.module for block in blocks for node in block.body if isinstance(node, ast.ImportFrom) and node.level == 1 and node.names[0].name == "*")
+    body = ast.parse(path.read_text()).body
+    blocks = [node for node in body if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"]
+    stars = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return sorted(node.module for node in stars if node.names[0].name == "*")
 
 
 @pytest.mark.parametrize("package", ROOMS)
 def test_names_on_demand_are_listed_and_visible_to_type_checkers(package):
     room, offered = importlib.import_module(package), _public_names(package)
     assert sorted(room.__all__) == sorted(offered) and len(offered) > 50, "the list of the package is stale"
-    assert checker_sees(ROOT.joinpath(*package.split("."), "__init__.py")) == sorted({m for modules in offered.values() for m in modules})
+    modules = sorted({module for places in offered.values() for module in places})
+    assert checker_sees(ROOT.joinpath(*package.split("."), "__init__.py")) == modules
 
 
 @pytest.mark.parametrize("package", ROOMS)

@@ -136,7 +136,8 @@ class DANN(Strategy):
         if not lam:
             rec = pixel_loss(self.loss, self.net(batch["degraded"]), batch["clean"])
             self.log(task_loss=rec, lam=0.0)
-            return self._touch(self.noticed(rec, *(batch[key] for key in self.needs[2:])))  # a broken real picture shows before its turn
+            unseen = [batch[key] for key in self.needs[2:]]  # a broken real picture shows before its turn
+            return self._touch(self.noticed(rec, *unseen))
         self._check(batch)
         with captured(self.net, self.layer) as features:
             restored = self.net(batch["degraded"])

@@ -312,7 +312,8 @@ class NoiseDA(Strategy):
         rec = pixel_loss(self.loss, z_s, clean)
         if not lam:
             self.log(task_loss=rec, lam=0.0)
-            return self._touch(self.noticed(rec, *(batch[key] for key in self.needs[2:])))  # a broken real picture shows before its turn
+            unseen = [batch[key] for key in self.needs[2:]]  # a broken real picture shows before its turn
+            return self._touch(self.noticed(rec, *unseen))
         x_r, r_r = self._second(degraded, r_s, batch, real)
         terms = self.diffusion(*self._stretch(degraded, r_s, x_r, r_r, self._clean(batch)), generator=self.generator(rec.device))
         self._guard(rec, terms)

@@ -53,12 +53,14 @@ def unpack_state(where: str,  # whose state it is, for the message
     "The numbers again; raises ValueError if the stored ones are others."
     if isinstance(state, Mapping):
         if missing := [name for name in names if name not in state]:
-            raise ValueError(f"{where}: the stored state lacks {missing[0]!r}; another version wrote it, so start this training anew")
+            raise ValueError(f"{where}: the stored state lacks {missing[0]!r}; another version wrote it, "
+                             "so start this training anew")
         return [state[name] for name in names]
     values = state.flatten().tolist()
     if len(values) != len(names):
-        raise ValueError(f"{where}: the stored state has {len(values)} numbers, not the {len(names)} of {', '.join(names)}; "
-                         "another version or other options wrote it, so start this training anew")
+        raise ValueError(f"{where}: the stored state has {len(values)} numbers, "
+                         f"not the {len(names)} of {', '.join(names)}; another version or other options wrote it, "
+                         "so start this training anew")
     return values
 
 # %% ../../nbs/strategies/20_strategy.ipynb #3ea994fd
@@ -97,7 +99,7 @@ class Strategy(nn.Module, ABC):
         return [self]
 
     def take(self, batch: Mapping[str, Tensor], *keys: str) -> tuple[Tensor, ...]:
-        "The named entries of a batch, half types as float32; raises ValueError naming a missing key and the strategy."
+        "The named entries of a batch, half types as float32; ValueError names a missing key and the strategy."
         for key in keys:
             if key not in batch:
                 raise ValueError(f"{type(self).__name__} needs batch[{key!r}], but the batch has {sorted(batch)}; "
@@ -112,7 +114,7 @@ class Strategy(nn.Module, ABC):
         return x if own == x.dtype else x.float()
 
     def noticed(self, loss: Tensor, *entries: Tensor) -> Tensor:
-        "The loss, or NaN where an entry is not finite in a part that the loss did not look at; nothing waits for the device."
+        "The loss, or NaN where an entry is not finite in a part that the loss left out; without a wait."
         return loss + sum((0.0 * x.detach().sum()).to(loss.dtype) for x in entries)
 
     def log(self, **values: Tensor) -> None:
@@ -377,7 +379,8 @@ def _check_resume(make, batches) -> None:
     whole = make()
     _loop(whole, batches)
     other = [name for name, value in whole.state_dict().items() if not isinstance(value, Tensor)]
-    _demand(not other, "resume bit-exact", f"state_dict() holds {other}, no tensors; make them some with pack_state, for safetensors and Accelerate")
+    _demand(not other, "resume bit-exact", f"state_dict() holds {other}, no tensors; make them some with pack_state, "
+            "for safetensors and Accelerate")
     half, (_, opt) = (s := make()), _loop(s, batches[:3])
     stored = io.BytesIO()
     torch.save({"strategy": half.state_dict(), "opt": opt.state_dict()}, stored)
@@ -447,8 +450,8 @@ def _check_nan(make, batches) -> None:
                 loss = strategy(_broken(batches[1], key, at)).detach()
             except (ValueError, ArithmeticError):
                 continue
-            _demand(not bool(torch.isfinite(loss)), "NaN noticed", f"one NaN in batch[{key!r}] gives the loss {float(loss):.3g}; "
-                    "let the loss see the whole entry, or return self.noticed(loss, entry)")
+            _demand(not bool(torch.isfinite(loss)), "NaN noticed",
+                    f"one NaN in batch[{key!r}] gives the loss {float(loss):.3g}; let the loss see the whole entry, or return self.noticed(loss, entry)")
 
 # %% ../../nbs/strategies/20_strategy.ipynb #e3e7a0a7
 def _check_restorer(make, make_net, batches, options) -> None:
