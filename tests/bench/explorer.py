@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import time
 
-from irnb.explorer import explore
+from irnb.explorer.view import explore
 from irnb.networks import build
 from tests.notebooks import ROOT
 
@@ -17,8 +17,8 @@ def ratios() -> list[dict]:
     opened = time.perf_counter() - start
     moved = []
     for sigma in range(30, 42):
-        view.sliders["sigma"].value = sigma
-        moved.append(view.seconds)
+        view.degradation.sliders["sigma"].value = sigma
+        moved.append(view.desk.seconds)
     view.close()
     median = sorted(moved)[len(moved) // 2]
     rows = [("explorer: open with the committed results", opened, 5), ("explorer: slider to restored picture", median, .15)]
