@@ -22,6 +22,7 @@ from .images import replacing, tiled
 from .metrics import high_frequency_ratio, psnr, ssim
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
+else: Figure = Any   # hints resolve without matplotlib
 
 # %% auto #0
 __all__ = ['COLUMNS', 'Row', 'Restorer', 'METRICS', 'TableError', 'write_table', 'read_table', 'identity', 'estimate_sigma',

@@ -523,7 +523,7 @@ def synthesize(params: Mapping[str, Any],  # from `load_params`
                out: str | Path = "build/synthetic",  # folder; one folder per task inside
                ) -> None:
     "Stage: patches and benchmarks of every task."
-    from irnb.data import benchmark, noisy_pictures, picture_depths, real_pictures, task, write_patches
+    from irnb.data import benchmark, picture_depths, real_pictures, task, write_patches
     parts, options, settings = read_corpus(params), {k: params["patches"][k] for k in SECTIONS["patches"]}, params["benchmark"]
     real, pairs, own_noisy = read_real(params, parts), read_pairs(params), read_noisy(params, parts)
     for name in dict.fromkeys([*arms(params), *params["run"]["pretrain"]["tasks"]]):

@@ -10,13 +10,25 @@ ROOT = Path(__file__).resolve().parent.parent
 SKIP = re.compile(r"^#\|\s*(notest|slow|gpu)\b", re.MULTILINE)
 
 
-def _order(path: Path) -> str:
-    "The number in the name; the front page first, the index of the strategies before their notebooks."
-    return path.stem if path.stem != "index" else "" if path.parent.name == "nbs" else "19"
+# The rooms of nbs/bench in reading order, each with its notebooks; a new one goes to the end of its room.
+BENCH = {"images": [], "image_files": [], "metrics": [], "demosaic": [],
+         "degradations": ["index", "base", "noise", "blur", "jpeg", "weather", "chains"],
+         "results": ["index", "table", "measure", "baselines", "statistics", "figures"],
+         "explorer": ["index", "pictures", "dials", "darkroom", "state", "figure", "cells", "widgets", "view", "curves", "watching"]}
+
+
+def _order(path: Path) -> tuple[str, int, int, str]:
+    "The front page first; then the number in the name, the index of the strategies before their notebooks; then the bench by rooms."
+    parts = path.relative_to(ROOT / "nbs").with_suffix("").parts
+    if parts[0] != "bench":
+        return (path.stem if path.stem != "index" else "" if len(parts) == 1 else "19", 0, 0, "")
+    inside = BENCH.get(parts[1], [])
+    place = list(BENCH).index(parts[1]) if parts[1] in BENCH else len(BENCH)
+    return ("5", place, inside.index(parts[-1]) if parts[-1] in inside else len(inside), path.stem)
 
 
 def notebooks() -> list[Path]:
-    "All notebooks in reading order: the index first, then by number."
+    "All notebooks in reading order."
     found = [p for p in (ROOT / "nbs").rglob("*.ipynb") if not p.name.startswith((".", "_")) and ".ipynb_checkpoints" not in p.parts]
     return sorted(found, key=_order)
 

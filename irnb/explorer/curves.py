@@ -19,6 +19,8 @@ from .pictures import ExplorerError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else:
+    Figure = Any  # hints resolve without matplotlib
 
 # %% auto #0
 __all__ = ['PALETTE', 'below', 'read_curves', 'stamp', 'quantities', 'curves_figure', 'curves_text']

@@ -16,6 +16,8 @@ from .state import Explorer, Panel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else:
+    Figure = Any  # hints resolve without matplotlib
 
 # %% auto #0
 __all__ = ['panels_figure', 'described', 'explorer_figure']

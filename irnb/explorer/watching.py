@@ -20,6 +20,8 @@ from .widgets import CSS, close_all, labelled, need_widgets, picture_widget
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else:
+    Figure = Any  # hints resolve without matplotlib
 
 # %% auto #0
 __all__ = ['Timer', 'TrainingView', 'watch']

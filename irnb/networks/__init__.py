@@ -4,7 +4,7 @@
 
 # %% ../../nbs/networks/10_networks.ipynb #150c94fe
 from __future__ import annotations
-import ast, copy, hashlib, importlib, inspect, itertools, json, math, os, pickle, stat, sys, threading
+import ast, copy, hashlib, importlib, inspect, itertools, json, math, os, stat, threading
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,18 @@ from torch.nn import functional as F
 
 # %% auto #0
 __all__ = ['MAX_WHOLE', 'MAX_NUMBERS', 'MAX_HEADER', 'MAX_SPARE', 'room', 'networks', 'UpscaleFirst', 'build', 'count_parameters',
-           'receptive_radius', 'ModelError', 'save_model', 'load_model']
+           'receptive_radius', 'ModelError', 'save_model', 'load_model', 'AxisMix', 'blocks_in', 'ChannelAttention',
+           'ChannelNorm', 'CheckpointError', 'CheckpointNotFound', 'Conditioning', 'ConStyleConv', 'ConStyleEncoder',
+           'ConStyleKBNet', 'ConStyleMAXIM', 'ConStyleNAFNet', 'ConStyleRestormer', 'ConStyleUformer', 'count_macs',
+           'CrossGating', 'DenseBlock', 'DIV2K_MEAN', 'DownConcat', 'EDSR', 'EDSRBlock', 'factor_behind', 'FFABlock',
+           'FFAGroup', 'FFANet', 'gate', 'GatedFeedForward', 'GatedMLP', 'GeneralRestorationNet', 'graph_options',
+           'grid_partition', 'grid_reverse', 'guess_network', 'HAZE_MEAN', 'HAZE_STD', 'ImageEmbedding',
+           'infer_network', 'KBBlock', 'kernel_basis_attention', 'LayerNorm2d', 'LeFF', 'load_weights', 'LoadReport',
+           'local_pooling', 'LocalAverage', 'MAX_DEPTH', 'MAX_PLACES', 'MAX_SECTIONS', 'MAX_TENSORS', 'MAX_UNPACKED',
+           'MAXIMBlock', 'mean_colour', 'MultiAxisMLP', 'NAFBlock', 'NAFNet', 'PixelAttention', 'read_sections',
+           'relative_position_index', 'Restormer', 'RestormerBlock', 'RRDB', 'RRDBBlock', 'RSTB', 'shift_mask',
+           'shift_regions', 'shuffle_upsampler', 'SwinBlock', 'SwinIR', 'TransposedAttention', 'UformerBlock', 'UNet',
+           'UpConcat', 'UPSAMPLERS', 'window_partition', 'window_reverse', 'WindowAttention']
 
 # %% ../../nbs/networks/10_networks.ipynb #69cce72f
 def _is_all(node: ast.stmt) -> bool:
@@ -70,6 +81,40 @@ def _lookup(package_name: str, name: str):
 # %% ../../nbs/networks/10_networks.ipynb #625c188a
 _PACKAGE = "irnb.networks"                               # `__name__`, but right in a notebook too
 __getattr__, __dir__ = room(_PACKAGE)
+
+# %% ../../nbs/networks/10_networks.ipynb #ebba5f93
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .checkpoints import *
+    from .edsr import *
+    from .ffanet import *
+    from .general import *
+    from .kbnet import *
+    from .maxim import *
+    from .nafnet import *
+    from .restormer import *
+    from .rrdb import *
+    from .swinir import *
+    from .uformer import *
+    from .unet import *
+
+_all_ = [
+    "AxisMix", "blocks_in", "ChannelAttention", "ChannelNorm", "CheckpointError",
+    "CheckpointNotFound", "Conditioning", "ConStyleConv", "ConStyleEncoder", "ConStyleKBNet",
+    "ConStyleMAXIM", "ConStyleNAFNet", "ConStyleRestormer", "ConStyleUformer", "count_macs",
+    "CrossGating", "DenseBlock", "DIV2K_MEAN", "DownConcat", "EDSR", "EDSRBlock", "factor_behind",
+    "FFABlock", "FFAGroup", "FFANet", "gate", "GatedFeedForward", "GatedMLP",
+    "GeneralRestorationNet", "graph_options", "grid_partition", "grid_reverse", "guess_network",
+    "HAZE_MEAN", "HAZE_STD", "ImageEmbedding", "infer_network", "KBBlock", "kernel_basis_attention",
+    "LayerNorm2d", "LeFF", "load_weights", "LoadReport", "local_pooling", "LocalAverage",
+    "MAX_DEPTH", "MAX_PLACES", "MAX_SECTIONS", "MAX_TENSORS", "MAX_UNPACKED", "MAXIMBlock",
+    "mean_colour", "MultiAxisMLP", "NAFBlock", "NAFNet", "PixelAttention", "read_sections",
+    "relative_position_index", "Restormer", "RestormerBlock", "RRDB", "RRDBBlock", "RSTB",
+    "shift_mask", "shift_regions", "shuffle_upsampler", "SwinBlock", "SwinIR",
+    "TransposedAttention", "UformerBlock", "UNet", "UpConcat", "UPSAMPLERS", "window_partition",
+    "window_reverse", "WindowAttention",
+]
 
 # %% ../../nbs/networks/10_networks.ipynb #7bbfacf3
 def networks() -> list[str]:

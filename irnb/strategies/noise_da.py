@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..degradations import Degradation, bicubic, gaussian_blur
 from ..images import pad_to_multiple, tiled
