@@ -40,7 +40,7 @@ parser.add_argument("pictures", type=Path)
 parser.add_argument("--steps", type=int, default=2000)
 parser.add_argument("--accelerator", default="auto")
 parser.add_argument("--devices", type=int, default=1)
-parser.add_argument("--precision", default="32-true")
+parser.add_argument("--precision", default="32-true")   # "bf16-mixed" rounds targets by up to half a grey level
 options = parser.parse_args()
 fabric = Fabric(accelerator=options.accelerator, devices=options.devices, precision=options.precision)
 fabric.launch()

@@ -5,19 +5,23 @@
 # %% ../nbs/00_images.ipynb #98cb9e73
 from __future__ import annotations
 
-import contextlib, math, os, struct, threading, uuid, warnings, zlib
+import contextlib, logging, math, os, re, stat, struct, threading, uuid, warnings, zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterator
+from typing import TYPE_CHECKING, BinaryIO, Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    import tifffile
+
 # %% auto #0
-__all__ = ['SUFFIXES', 'MAX_PIXELS', 'ImageError', 'printable', 'read_array', 'Picture', 'read_picture', 'replacing',
-           'check_writable', 'write_array', 'write_picture', 'read_image', 'write_image', 'image_files', 'rgb_to_gray',
-           'rgb_to_y', 'quantise', 'pad_to_multiple', 'dihedral', 'tiled', 'show', 'show_crops']
+__all__ = ['SUFFIXES', 'MAX_PIXELS', 'MAX_PROFILE', 'MAX_PAGES', 'MAX_SCANS', 'OVERSHOOT', 'ImageError', 'printable',
+           'read_array', 'Picture', 'read_picture', 'replacing', 'check_writable', 'write_array', 'write_picture',
+           'read_image', 'write_image', 'image_files', 'rgb_to_gray', 'rgb_to_y', 'quantise', 'pad_to_multiple',
+           'dihedral', 'tiled', 'show', 'show_crops']
 
 # %% ../nbs/00_images.ipynb #ed528126
 class ImageError(ValueError):
@@ -26,6 +30,9 @@ class ImageError(ValueError):
 # %% ../nbs/00_images.ipynb #e0ef273c
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")  # what is read and written
 MAX_PIXELS = 400_000_000  # larger pictures must be asked for: a 1 kB file can claim to be this large
+MAX_PROFILE = 2**24  # bytes of a colour profile; a few kilobytes of PNG can unfold to gigabytes
+MAX_PAGES = 256  # entries in a TIFF's list of pages; 14 bytes can make one that never ends
+MAX_SCANS = 100  # passes over a JPEG, of which encoders make about ten; ten bytes can order one
 
 
 def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
@@ -35,6 +42,16 @@ def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageError(f"{path}: {width}x{height} pixels exceed the limit of {max_pixels}; "
                          "if the picture is genuine, pass a larger max_pixels")
+
+# %% ../nbs/00_images.ipynb #d654b537
+def _check_file(path: Path) -> int:
+    "The size of an ordinary file in bytes; a pipe, socket or device would be waited for."
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise ImageError(f"{path}: is a folder, not a picture; list its pictures with image_files")
+    if not stat.S_ISREG(found.st_mode):
+        raise ImageError(f"{path}: is a pipe, socket or device, not a file; copy the picture into a file")
+    return found.st_size
 
 # %% ../nbs/00_images.ipynb #fa774f32
 def printable(text: object,  # a path, a message
@@ -180,6 +197,10 @@ def _strict_pillow() -> Iterator[None]:
             if not _pillow_users:
                 Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = found
 
+# %% ../nbs/00_images.ipynb #66635ea2
+for _decoder in ("PIL", "tifffile"):
+    logging.getLogger(_decoder).addHandler(logging.NullHandler())
+
 # %% ../nbs/00_images.ipynb #4cdefced
 _MODES = {"1": "L", "L": "L", "LA": "LA", "La": "LA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBX": "RGB",
           "RGBA": "RGBA", "RGBa": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
@@ -222,10 +243,49 @@ def _check_float(path: Path, array: np.ndarray) -> np.ndarray:
         raise ImageError(f"{path}: float values from {low:g} to {high:g} are outside [0, 1]; rescale to [0, 1]")
     return array.astype(np.float32)
 
+# %% ../nbs/00_images.ipynb #70e4ee96
+def _check_pages(path: Path) -> None:
+    "Refuse a TIFF whose chain of pages leaves the file, returns to itself or does not end."
+    with open(path, "rb") as f:
+        size, head = os.fstat(f.fileno()).st_size, f.read(4)
+        order, big = "<" if head[:1] == b"I" else ">", 43 in head
+
+        def number(kind: str, at: int) -> int:
+            width = struct.calcsize(kind)
+            if at + width > size:
+                raise ImageError(f"{path}: truncated, {size} bytes end before its list of pages; copy it again")
+            f.seek(at)
+            return struct.unpack(order + kind, f.read(width))[0]
+
+        count, offset, entry = ("Q", "Q", 20) if big else ("H", "I", 12)
+        seen, at = set(), number(offset, 8 if big else 4)
+        while at:
+            if at in seen:
+                raise ImageError(f"{path}: damaged, its list of pages returns to byte {at}; save it again")
+            if len(seen) == MAX_PAGES:
+                raise ImageError(f"{path}: holds more than {MAX_PAGES} pages; save each to a file of its own")
+            seen.add(at)
+            at = number(offset, at + struct.calcsize(count) + entry * number(count, at))
+
+# %% ../nbs/00_images.ipynb #ad805d71
+def _check_strips(page: tifffile.TiffPage, path: Path) -> None:
+    "Refuse a strip or tile that unfolds to more than its pixels; other codecs than these stop by themselves."
+    import lzma
+    codecs = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}
+    if (start := codecs.get(int(page.compression))) is None:
+        return
+    most = math.prod(page.chunks) * page.dtype.itemsize
+    for offset, size in zip(page.dataoffsets, page.databytecounts):
+        page.parent.filehandle.seek(offset)
+        if len(start().decompress(page.parent.filehandle.read(size), most + 1)) > most:
+            raise ImageError(f"{path}: damaged, data at byte {offset} unfold to more than {most} bytes; "
+                             "save it again")
+
 # %% ../nbs/00_images.ipynb #6a3b6681
 def _tiff_pixels(path: Path, max_pixels: int) -> tuple[np.ndarray, bytes | None] | None:
     "Decode a 16-bit or float TIFF to (H, W, C); None for the 8-bit kinds, which Pillow reads."
     import tifffile
+    _check_pages(path)
     with tifffile.TiffFile(path) as tif:
         pages = [p for p in tif.pages if not (p.is_reduced or p.is_mask)]
         if len(pages) != 1:
@@ -237,9 +297,11 @@ def _tiff_pixels(path: Path, max_pixels: int) -> tuple[np.ndarray, bytes | None]
         kind = page.photometric.name
         extra, premultiplied = len(page.extrasamples), 1 in page.extrasamples
         if page.dtype not in (np.uint16, np.float32, np.float64) or premultiplied or extra > 1 \
+                or page.imagedepth != 1 or page.samplesperpixel > 4 \
                 or kind not in ("MINISBLACK", "MINISWHITE", "RGB"):
             raise ImageError(f"{path}: TIFF of type {page.dtype}, {kind}, {extra} extra samples is not supported; "
                              "save it as 16-bit grey or RGB with at most one straight alpha channel")
+        _check_strips(page, path)
         array = page.asarray()
         if array.ndim == 2:
             array = array[..., None]
@@ -251,32 +313,104 @@ def _tiff_pixels(path: Path, max_pixels: int) -> tuple[np.ndarray, bytes | None]
         code = page.tags[274].value if 274 in page.tags else 1
         return _orient(array, code), page.iccprofile
 
+# %% ../nbs/00_images.ipynb #f6b879f5
+def _png_profile(body: memoryview, path: Path) -> bytes:
+    "The colour profile in an iCCP chunk, never inflated beyond `MAX_PROFILE`."
+    name, _, packed = bytes(body).partition(b"\0")
+    try:
+        icc = (engine := zlib.decompressobj()).decompress(packed[1:], MAX_PROFILE + 1)
+    except zlib.error as e:
+        raise ImageError(f"{path}: damaged colour profile {name!r} ({e}); save the picture without it") from e
+    if len(icc) > MAX_PROFILE:
+        raise ImageError(f"{path}: the colour profile {name!r} is larger than {MAX_PROFILE} bytes; "
+                         "save the picture without it")
+    if not engine.eof:
+        raise ImageError(f"{path}: damaged colour profile {name!r}, it is cut off; save the picture without it")
+    return icc
+
+# %% ../nbs/00_images.ipynb #cbb566d5
+# First row and column of each pass, and the steps between its rows and columns.
+_ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+
+
+def _check_rows(head: memoryview, parts: list[memoryview], path: Path, max_pixels: int) -> None:
+    "Refuse an 8-bit PNG whose pixel data end before its last row."
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", head)
+    _check_size(path, width, height, max_pixels)
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 0)  # unknown: the decoder refuses
+    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    sizes = [(-(-(height - y) // dy), -(-(width - x) // dx)) for y, x, dy, dx in passes]
+    left, engine = sum(h * (1 + -(-w * bits // 8)) for h, w in sizes if h > 0 and w > 0), zlib.decompressobj()
+    try:
+        for part in parts:
+            while part and left > 0:
+                left -= len(engine.decompress(part, 2**20))
+                part = engine.unconsumed_tail
+    except zlib.error as e:
+        raise ImageError(f"{path}: damaged PNG data ({e}); copy the file again") from e
+    if left > 0:
+        raise ImageError(f"{path}: PNG data end {left} bytes before the last row; copy the file again")
+
 # %% ../nbs/00_images.ipynb #851bf667
-def _png_extras(data: bytes, path: Path) -> tuple[int, int, bytes | None]:
+def _png_extras(data: bytes, path: Path, max_pixels: int) -> tuple[int, int, bytes | None]:
     "Verify a PNG; its bits per sample, EXIF orientation and colour profile."
-    bits, code, icc = 8, 1, None
+    bits, code, icc, head, parts = 8, 1, None, b"", []
     for kind, body in _png_chunks(data, path):
         if kind == b"IHDR":
-            bits = body[8]
+            head, bits = body, body[8]
+        elif kind == b"IDAT":
+            parts.append(body)
         elif kind == b"eXIf":
             from PIL import Image
             (exif := Image.Exif()).load(b"Exif\0\0" + bytes(body))
             code = exif.get(0x0112, 1)
         elif kind == b"iCCP":
-            icc = zlib.decompress(bytes(body).split(b"\0", 1)[1][1:])
+            if icc is not None:
+                raise ImageError(f"{path}: holds more than one colour profile; save the picture again")
+            icc = _png_profile(body, path)
+    if bits < 16:  # ours counts by itself
+        _check_rows(head, parts, path, max_pixels)
     return bits, code, icc
 
+# %% ../nbs/00_images.ipynb #91c58c4c
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not the zero or restart codes in coded data
+
+
+def _check_scans(data: bytes, path: Path) -> None:
+    "Refuse a JPEG of more passes than any encoder makes."
+    at, scans = 2, 0
+    while found := _JPEG_MARKER.search(data, at):
+        code, at = data[found.end() - 1], found.end()
+        if code == 0xD9:  # the end; what follows is another picture, or a film
+            return
+        if code not in (0x01, 0xD8):  # all other markers head a segment of a stated length
+            at += int.from_bytes(data[at : at + 2], "big")
+        scans += code == 0xDA
+        if scans > MAX_SCANS:
+            raise ImageError(f"{path}: a JPEG of more than {MAX_SCANS} scans; save the picture again")
+
 # %% ../nbs/00_images.ipynb #48a91738
+def _whole(path: Path, size: int, max_pixels: int) -> bytes:
+    "The bytes of a PNG or JPEG, whose size is bounded by the pixels that it may hold."
+    if size > 8 * max_pixels + MAX_PROFILE:  # four channels of 16 bits that do not compress
+        raise ImageError(f"{path}: {size} bytes are more than {max_pixels} pixels need; "
+                         "if the picture is genuine, pass a larger max_pixels")
+    return path.read_bytes()
+
+
 def _decode(path: Path, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
     "Choose the decoder by the first bytes of the file."
+    size = _check_file(path)
     with open(path, "rb") as f:
         head = f.read(8)
     if not head:
         raise ImageError(f"{path}: zero bytes long; copy the file again")
     if head == b"\x89PNG\r\n\x1a\n":
-        bits, code, icc = _png_extras(data := path.read_bytes(), path)
+        bits, code, icc = _png_extras(data := _whole(path, size, max_pixels), path, max_pixels)
         if bits == 16:
             return _orient(_png_pixels(data, path, max_pixels), code), icc
+    elif head[:2] == b"\xff\xd8":
+        _check_scans(_whole(path, size, max_pixels), path)
     elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         if found := _tiff_pixels(path, max_pixels):
             return found
@@ -296,8 +430,6 @@ def read_array(
         raise
     except FileNotFoundError as e:
         raise ImageError(f"{path}: no such file; check the path") from e
-    except IsADirectoryError as e:
-        raise ImageError(f"{path}: is a folder, not a picture; list its pictures with image_files") from e
     except MemoryError as e:
         raise ImageError(f"{path}: does not fit into memory; reduce its size") from e
     except Exception as e:  # decoders raise many kinds on damaged files
@@ -355,7 +487,8 @@ def replacing(path: str | os.PathLike,  # the file to appear; its folder is made
             os.fsync(f.fileno())
         os.replace(draft, path)
     except OSError as e:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, there may be nothing to remove either
+            draft.unlink(missing_ok=True)
         raise ImageError(f"{path}: cannot be written ({e.strerror or e}); free space or choose another folder") from e
     except BaseException:
         draft.unlink(missing_ok=True)
@@ -388,7 +521,7 @@ def write_array(
     *,
     icc: bytes | None = None,  # colour profile
 ) -> None:
-    "Write the integers of a picture atomically; JPEG at quality 95 without subsampling, the others lossless."
+    "Write the integers of a picture atomically; JPEG at 95 unsubsampled, else lossless; raises `ImageError`."
     path, suffix = Path(path), Path(path).suffix.lower()
     if array.ndim != 3 or array.dtype not in (np.uint8, np.uint16) or 0 in array.shape:
         raise ImageError(f"{path}: cannot write {array.dtype} of shape {array.shape}; use (H, W, C) uint8 or uint16")
@@ -432,13 +565,33 @@ def _to_integers(path: Path, planes: list[Tensor], bits: int) -> np.ndarray:
         out[..., i] = plane.clamp(0, 1).mul_(top).round_().numpy()
     return out
 
+# %% ../nbs/00_images.ipynb #3fce62ad
+OVERSHOOT = 1.0  # how far beyond [0, 1] a value is clamped; a value farther off is on another scale
+
+
+def _check_values(path: Path, what: str, values: Tensor) -> None:
+    "Refuse a tensor that is not on the scale [0, 1]."
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise ImageError(f"{path}: {what} of type {kind}; pass floats in [0, 1], or use write_array")
+    if not values.numel():
+        return
+    low, high = (v.item() for v in values.detach().float().aminmax())
+    finite = math.isfinite(low) and math.isfinite(high)  # what is not, _to_integers counts
+    if finite and (low < -OVERSHOOT or high > 1 + OVERSHOOT):
+        raise ImageError(f"{path}: {what} from {low:g} to {high:g}, not in [0, 1]; divide 8-bit values by 255")
+
 # %% ../nbs/00_images.ipynb #d451fb17
 def write_picture(
     path: str | os.PathLike,  # the suffix chooses the format
     picture: Picture,
 ) -> None:
-    "Write a picture in kind and atomically; values are clamped to [0, 1] and rounded. Raises `ImageError`."
-    path, shape = Path(path), tuple(picture.pixels.shape)
+    "Write in kind and atomically, clamped to [0, 1] and rounded; raises `ImageError`, also for another scale."
+    path = Path(path)
+    for what, values in (("pixels", picture.pixels), ("alpha", picture.alpha)):
+        if values is not None:
+            _check_values(path, what, values)
+    shape = tuple(picture.pixels.shape)
     if len(shape) != 3 or shape[0] not in (1, 3) or 0 in shape:
         raise ImageError(f"{path}: pixels of shape {shape}; use (1, H, W) grey or (3, H, W) RGB")
     if picture.alpha is not None and tuple(picture.alpha.shape) != (1, *shape[1:]):
@@ -453,7 +606,7 @@ def read_image(
     *,
     mode: str = "rgb",  # "rgb": 3 channels; "gray": 1 channel (BT.601 luma); "keep": as in the file
 ) -> Tensor:  # (C, H, W) float32 in [0, 1]
-    "Read a picture as a tensor, without its alpha; raises `ImageError`."
+    "Read a picture as a tensor, without its alpha; raises `ImageError`, and `ValueError` for another mode."
     if mode not in ("rgb", "gray", "keep"):
         raise ValueError(f"read_image: mode must be 'rgb', 'gray' or 'keep', got {mode!r}")
     picture = read_picture(path)
@@ -464,18 +617,18 @@ def read_image(
 # %% ../nbs/00_images.ipynb #63cee1c7
 def write_image(
     path: str | os.PathLike,  # the suffix chooses the format
-    image: Tensor,  # (1, H, W) or (3, H, W) in [0, 1]
+    image: Tensor,  # (1, H, W) or (3, H, W), float, in [0, 1]
     *,
     bits: int = 8,  # 8, or 16 (png and tif)
 ) -> None:
-    "Write a tensor as a picture; raises `ImageError`."
+    "Write a picture, clamped to [0, 1]; raises `ImageError`, also for integers and for values beyond [-1, 2]."
     write_picture(path, Picture(image, bits=bits))
 
 # %% ../nbs/00_images.ipynb #2950feee
 def image_files(
     directory: str | os.PathLike,  # searched with all its folders; links to folders are not followed
 ) -> list[Path]:  # sorted
-    "All picture files of a folder, by suffix; hidden files and folders are skipped."
+    "All picture files of a folder, by suffix; hidden ones are skipped; raises `ImageError`."
     directory = Path(directory)
     if not directory.is_dir():
         raise ImageError(f"{directory}: no such folder; check the path")

@@ -48,7 +48,7 @@ def _prepared(name: str, x: Tensor, data_range: float, crop_border: int, y_chann
     if quantise: x = to_levels(_finite(name, x) / data_range) * data_range
     if y_channel and x.shape[1] not in (1, 3):
         raise ValueError(f"{name}: y_channel needs RGB or one channel, got {x.shape[1]} channels; use y_channel=False")
-    return rgb_to_y(x / data_range) * data_range if y_channel else x
+    return rgb_to_y(x / data_range) * data_range if y_channel and x.shape[1] == 3 else x
 
 # %% ../nbs/02_metrics.ipynb #ae615d10
 _RUN = 16
@@ -70,7 +70,7 @@ def psnr(
     *,
     data_range: float = 1.0,  # largest value minus smallest
     crop_border: int = 0,  # px left out at each side, before anything else
-    y_channel: bool = False,  # compare the BT.601 studio luma instead of RGB
+    y_channel: bool = False,  # compare the BT.601 studio luma instead of RGB; one channel stays as it is
     quantise: bool = False,  # clamp and round to 8 bit first
 ) -> Tensor:  # (B,) float64, in dB, infinite for equal images
     "Peak signal-to-noise ratio of each image; `ValueError` for shapes, types or values that cannot be compared."
@@ -128,7 +128,7 @@ def ssim(
     *,
     data_range: float = 1.0,  # largest value minus smallest
     crop_border: int = 0,  # px left out at each side, before anything else
-    y_channel: bool = False,  # compare the BT.601 studio luma instead of RGB
+    y_channel: bool = False,  # compare the BT.601 studio luma instead of RGB; one channel stays as it is
     quantise: bool = False,  # clamp and round to 8 bit first
 ) -> Tensor:  # (B,) float64, in [-1, 1]
     "Structural similarity of each image (Wang et al. 2004), Gaussian window, valid region, mean over channels."
@@ -155,7 +155,7 @@ def high_frequency_ratio(restored: Tensor,  # (B,C,H,W)
                          *, block: int = 16,  # px, side of the places that are compared
                          share: float = 0.25,  # of the places: those with most texture in the clean image
                          crop_border: int = 0,  # px left out at each side
-                         y_channel: bool = False,  # compare the BT.601 studio luma instead of RGB
+                         y_channel: bool = False,  # compare the BT.601 studio luma instead of RGB; one channel stays as it is
                          quantise: bool = False,  # clamp and round to 8 bit first
                          ) -> Tensor:  # (B,); 1: as much fine structure as the clean image, below: smoother
     "Laplacian energy of the restored over that of the clean image, in the most textured places; `ValueError` as for `psnr`."

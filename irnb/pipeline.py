@@ -7,41 +7,34 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
+import errno
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # %% auto #0
-__all__ = ['SECTIONS', 'OPTIONAL', 'UNTRAINED', 'ParameterError', 'check_known', 'load_params', 'arms', 'reference_of',
+__all__ = ['UNTRAINED', 'OPTIONAL', 'SECTIONS', 'ENTRY', 'BATCHES', 'KINDS', 'LARGEST_FILE', 'LARGEST_OPTION', 'LARGEST_RATE',
+           'LARGEST_NETWORK', 'MANIFEST', 'TOLERANCE', 'ParameterError', 'check_known', 'Rule', 'is_name',
+           'check_value', 'check_section', 'check_options', 'read_yaml', 'load_params', 'arms', 'reference_of',
            'find_class', 'run_settings', 'start_of', 'photographs', 'pick_pictures', 'read_corpus', 'synthesize',
-           'read_real', 'read_noisy', 'read_pairs', 'halves', 'imported_modules', 'module_closure', 'sources', 'starts',
-           'prepare', 'scaled', 'initial_network', 'validation_psnr', 'open_loader', 'begin_from', 'pretrained_file',
-           'train_run', 'pretrain_run', 'evaluate_run', 'baselines', 'without_perfect', 'training_figure', 'report',
-           'label_rows', 'show_results', 'main']
+           'read_real', 'read_noisy', 'read_pairs', 'halves', 'sources', 'starts', 'prepare', 'scaled',
+           'initial_network', 'validation_psnr', 'open_loader', 'begin_from', 'pretrained_file', 'train_run',
+           'pretrain_run', 'evaluate_run', 'baselines', 'without_perfect', 'training_figure', 'in_place', 'report',
+           'label_rows', 'show_results', 'largest_differences', 'compare', 'main']
 
 # %% ../nbs/32_pipeline.ipynb #688995cf
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "corpus": ("directory", "min_side", "groups", "train", "validation", "test", "unpaired", "real", "pairs", "noisy"),
-    "patches": ("size", "stride", "per_image"),
-    "benchmark": ("crop", "seed"),
-    "run": ("tasks", "strategies", "seeds", "more", "pretrain"),
-    "network": (),  # name, preset and the constructor's options
-    "train": (),  # batch, crop and the fields of TrainConfig
-    "evaluation": ("metrics", "bootstrap", "reference", "gallery", "tuned"),
-    "compute": ("device", "threads"),
-}
-_FOLDER = ("directory", "pictures", "groups", "allow_shared")
-OPTIONAL: dict[str, tuple[str, ...]] = {"real": _FOLDER, "noisy": _FOLDER,  # of corpus
-                                        "pairs": ("directory", "degraded", "clean", "pictures")}
 UNTRAINED = ("degraded", "non_local_means", "wavelet", "bilinear", "malvar")  # rows of `irnb.evaluation.untrained`
 
 
@@ -55,57 +48,359 @@ def check_known(values: Any,  # what was given, should be a mapping
                 ) -> None:
     "Raise ParameterError for a name that does not exist, with the nearest one that does."
     if not isinstance(values, Mapping):
-        raise ParameterError(f"{where} must be a mapping of names to values, got {values!r}")
+        raise ParameterError(f"{where} must be a mapping of names to values, got {_shown(values)}")
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ParameterError(f"{where}: unknown parameter {name!r}; {hint}known: {', '.join(sorted(known))}")
+            raise ParameterError(f"{where}: unknown parameter {_shown(name)}; {hint}known: {', '.join(sorted(known))}")
+
+
+def _shown(value: Any) -> str:
+    "A value for a message, of bounded length whatever it holds."
+    import reprlib
+    return reprlib.repr(value)
+
+# %% ../nbs/32_pipeline.ipynb #8d1779a8
+class Rule(NamedTuple):
+    "What a value of params.yaml may be."
+    kind: str  # a name of `KINDS`
+    low: float = -math.inf  # of a number, or of the length of a list
+    high: float = math.inf
+    null: bool = False  # whether null will do
+    needed: bool = True  # whether the name must be there
+
+
+def _maybe(kind: str, low: float = -math.inf, high: float = math.inf) -> Rule:
+    "A value that may be null or left out."
+    return Rule(kind, low, high, null=True, needed=False)
+
+
+_SEED, _LISTED = 2**32 - 1, 1_000_000  # bounds
+_MATRIX = {"tasks": Rule("names"), "strategies": Rule("names")}
+_FOLDER = {"directory": Rule("text"), "pictures": _maybe("texts", 1), "groups": _maybe("pattern"), "allow_shared": _maybe("flag")}
+OPTIONAL: dict[str, dict[str, Rule]] = {  # mappings of corpus
+    "real": _FOLDER, "noisy": _FOLDER,
+    "pairs": {"directory": Rule("text"), "degraded": _maybe("text"), "clean": _maybe("text"), "pictures": _maybe("texts", 1)}}
+
+# %% ../nbs/32_pipeline.ipynb #722e0819
+SECTIONS: dict[str, dict[str, Rule]] = {
+    "corpus": {"directory": Rule("text"), "min_side": Rule("integer", 1, 2**16), "groups": _maybe("pattern"), "train": Rule("texts", 1),
+               "validation": Rule("texts", 1), "test": Rule("texts", 1), "unpaired": _maybe("texts"), **dict.fromkeys(OPTIONAL, _maybe("mapping"))},
+    "patches": {"size": Rule("integer", 8, 2**14), "stride": Rule("integer", 1, 2**14), "per_image": Rule("integer", 1, _LISTED)},
+    "benchmark": {"crop": Rule("integer", 16, 2**16, null=True), "seed": Rule("integer", 0, _SEED)},
+    "run": {**_MATRIX, "seeds": Rule("seeds", 1), "more": Rule("mapping"), "pretrain": Rule("mapping")},
+    "network": {},  # name, preset and the constructor's options
+    "train": {},  # batch, crop and the fields of TrainConfig
+    "evaluation": {"metrics": Rule("names", 1), "bootstrap": Rule("integer", 1, _LISTED), "reference": Rule("reference"),
+                   "gallery": Rule("integer", 1, 100), "tuned": _maybe("names")},
+    "compute": {"device": Rule("device"), "threads": Rule("integer", 1, 256)},
+}
+ENTRY = {"class": Rule("text"), "options": _maybe("mapping"), "network": _maybe("mapping"), "train": _maybe("mapping"),
+         "start": _maybe("start"), "labels": _maybe("integer", 1, _LISTED)}  # of a strategy
+BATCHES = {"batch": Rule("integer", 1, 2**16, needed=False), "crop": Rule("integer", 8, 2**14, needed=False)}  # of train, beside TrainConfig
+
+# %% ../nbs/32_pipeline.ipynb #8cea965f
+def is_name(value: Any,  # of an experiment or a strategy
+            ) -> bool:
+    "Whether a name can safely be that of a folder: letters, digits, `_` and `-`, the first one no `-`."
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", value) is not None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return _is_text(value) and bool(re.compile(value))
+    except (re.error, OverflowError):
+        return False
+
+
+def _each(good: Callable, unique: bool = False) -> Callable:
+    "Whether a value is a list of such items, none twice if they are unique."
+    return lambda value: isinstance(value, list) and all(map(good, value)) and not (unique and len(set(value)) < len(value))
+
+# %% ../nbs/32_pipeline.ipynb #a3cc6f9e
+KINDS: dict[str, tuple[Callable, str]] = {  # kind -> whether a value is of it, its words
+    "integer": (_is_integer, "an integer"), "number": (_is_number, "a number"), "text": (_is_text, "text"),
+    "flag": (lambda v: isinstance(v, bool), "true or false"), "mapping": (lambda v: isinstance(v, Mapping), "a mapping of names to values"),
+    "name": (is_name, "a name of letters, digits, _ and -, at most 100 of them"),
+    "texts": (_each(_is_text), "a list of texts"), "names": (_each(_is_text, True), "a list of names, none twice"),
+    "seeds": (_each(lambda v: _is_integer(v) and 0 <= v <= _SEED, True), f"a list of integers from 0 to {_SEED}, none twice"),
+    "pattern": (_is_pattern, "a regular expression"),
+    "device": (lambda v: isinstance(v, str) and re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", v), "auto, cpu, mps, cuda or cuda:N"),
+    "reference": (lambda v: _is_text(v) or isinstance(v, Mapping) and all(map(_is_text, v.values())), "a name, or a mapping of tasks to names"),
+    "start": (lambda v: _is_text(v) or isinstance(v, Mapping) and all(map(_is_text, v.values())), "a name, or a mapping with strategy and task"),
+}
+
+
+def check_value(value: Any,  # what was given
+                rule: Rule,  # what it may be
+                where: str,  # place in the file, for the message
+                ) -> None:
+    "Raise ParameterError if a value is of another kind or out of range."
+    good, words = KINDS[rule.kind]
+    if value is None and rule.null:
+        return
+    if good(value):
+        size = len(value) if isinstance(value, list) else value if _is_number(value) else rule.low
+        if rule.low <= size <= rule.high:
+            return
+    limits = "" if rule.low == -math.inf else f", at least {rule.low}" if rule.high == math.inf else f" from {rule.low} to {rule.high}"
+    limits = " that is not empty" if isinstance(value, list) and rule.low == 1 else limits
+    raise ParameterError(f"{where} must be {words}{limits}{' or null' if rule.null else ''}, got {_shown(value)}{_number_hint(value, rule.kind)}")
+
+
+def _number_hint(value: Any, kind: str) -> str:
+    "A number that YAML takes for text: in quotation marks, or with an exponent and without a point."
+    if kind not in ("integer", "number") or not isinstance(value, str):
+        return ""
+    return ", which is text; write numbers without quotation marks, and 1.0e-3 instead of 1e-3"
+
+
+def check_section(values: Any,  # what was given
+                  rules: Mapping[str, Rule],  # name -> rule
+                  where: str,  # place in the file, for the message
+                  ) -> None:
+    "Raise ParameterError for an unknown or missing name, or a value that breaks its rule."
+    check_known(values, list(rules), where)
+    for name, rule in rules.items():
+        if name in values:
+            check_value(values[name], rule, f"{where}.{name}")
+        elif rule.needed:
+            raise ParameterError(f"{where}: {name!r} is missing; params.yaml and scales/smoke.yaml show all names")
+
+# %% ../nbs/32_pipeline.ipynb #7899eb1c
+_YAML: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "Path": str, "Sequence": list, "tuple": list, "list": list, "Mapping": Mapping,
+                         "dict": Mapping, "Callable": (), "nn.Module": (), "FeatureExtractor": (), "Degradation": (), "NegativeSpec": ()}  # annotation -> type; others: anything
+
+
+def _fits(value: Any, note: ast.expr) -> bool:
+    "Whether a value from YAML can be what an annotation says."
+    if isinstance(note, ast.BinOp):
+        return _fits(value, note.left) or _fits(value, note.right)
+    if isinstance(note, ast.Constant):
+        return _fits(value, ast.parse(note.value, mode="eval").body) if isinstance(note.value, str) else value is note.value
+    head = ast.unparse(note.value if isinstance(note, ast.Subscript) else note)
+    if head not in _YAML:
+        return True
+    if not isinstance(value, _YAML[head]) or isinstance(value, bool) != (head == "bool") or isinstance(value, float) and not math.isfinite(value):
+        return False
+    if not isinstance(note, ast.Subscript) or not isinstance(value, list):
+        return True
+    inner = note.slice.elts if isinstance(note.slice, ast.Tuple) else [note.slice] * len(value)
+    return len(inner) == len(value) and all(map(_fits, value, inner))
+
+
+def _annotation(parameter: inspect.Parameter) -> str:
+    "The annotation as text; 'Any' where there is none to read."
+    note = parameter.annotation
+    return note if isinstance(note, str) else note.__name__ if note in (int, float, bool, str) else "Any"
+
+
+def check_options(options: Mapping[str, Any],  # what was given
+                  parameters: Mapping[str, inspect.Parameter],  # of the constructor, without those that are not the user's
+                  where: str,  # place in the file, for the message
+                  ) -> None:
+    "Raise ParameterError for an option that a constructor does not take, lacks or takes of another type."
+    named = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    free = len(named) < len(parameters)
+    check_known({k: v for k, v in options.items() if not free or difflib.get_close_matches(str(k), named, 1, .8)}, list(named), where)
+    for name, parameter in named.items():
+        note = _annotation(parameter)
+        if name not in options and parameter.default is parameter.empty:
+            raise ParameterError(f"{where}: {name!r} is missing")
+        if note == "Any" and _is_number(options.get(name)) and abs(options[name]) > _LISTED:
+            raise ParameterError(f"{where}.{name} must be at most {_LISTED}, got {_shown(options[name])}")
+        if name in options and options[name] != "$task" and not _fits(options[name], ast.parse(note, mode="eval").body):
+            hint = _number_hint(options[name], "number" if "float" in note or "int" in note else "")
+            raise ParameterError(f"{where}.{name} must be {note}, got {_shown(options[name])}{hint}")
+
+# %% ../nbs/32_pipeline.ipynb #e5f84e66
+LARGEST_FILE = 100_000  # values in a parameter file, aliases spelt out
+
+
+def _yaml_loader() -> type:
+    "PyYAML's safe loader, which refuses a name that stands twice in one mapping."
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor):
+            node, seen = super().compose_mapping_node(anchor), set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise yaml.composer.ComposerError(None, None, f"the name {key.value!r} is given twice", key.start_mark)
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            return node
+    return Loader
+
+
+def _count(node: Any, counted: dict[int, int], inside: tuple[int, ...] = ()) -> int:
+    "Values below a YAML node, aliases spelt out; ValueError for a node inside itself."
+    if id(node) in inside:
+        raise ValueError("an alias stands inside what it names")
+    if isinstance(node.value, list) and id(node) not in counted:
+        parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+        counted[id(node)] = 1 + sum(_count(part, counted, (*inside, id(node))) for part in parts)
+    return counted.get(id(node), 1)
+
+
+def read_yaml(path: str | Path,  # a parameter file
+              ) -> Any:
+    "What the file holds; raises ParameterError with the file and the remedy if it cannot be read."
+    import yaml
+    try:
+        loader = _yaml_loader()(Path(path).read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is not None and _count(node, {}) > LARGEST_FILE:
+            raise ValueError(f"more than {LARGEST_FILE} values, aliases spelt out")
+        return None if node is None else loader.construct_document(node)
+    except FileNotFoundError:
+        raise ParameterError(f"{path}: not found; run from the repository's root or pass --params FILE") from None
+    except OSError as error:
+        raise ParameterError(f"{path}: cannot be read ({error.strerror}); pass --params FILE") from None
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        raise ParameterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 # %% ../nbs/32_pipeline.ipynb #cf172b54
 def load_params(path: str | Path = "params.yaml",  # the file
                 ) -> dict[str, Any]:
-    "Read the parameters and check names; raises ParameterError with the file, the name and the remedy."
-    import yaml
-    try:
-        params = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ParameterError(f"{path}: not found; run from the repository's root or pass --params FILE") from None
-    except yaml.YAMLError as error:
-        raise ParameterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    check_known(params, ["experiment", "strategies", *SECTIONS], str(path))
+    "Read the parameters and check all of them; raises ParameterError with the file, the name and the remedy."
+    params = read_yaml(path)
+    check_known(params, ["experiment", "plugins", "strategies", *SECTIONS], str(path))
     for section in ("experiment", "strategies", *SECTIONS):
         if section not in params:
             raise ParameterError(f"{path}: section {section!r} is missing; scales/smoke.yaml shows all of them")
-    for section, names in SECTIONS.items():
-        check_known(params[section], names or list(params[section]), f"{path}: {section}")
-    for section, names in OPTIONAL.items():
-        check_known(params["corpus"].get(section) or {}, names, f"{path}: corpus.{section}")
-    for name, entry in params["strategies"].items():
-        check_known(entry, ["class", "options", "network", "train", "start", "labels"], f"{path}: strategies.{name}")
+    check_value(params["experiment"], Rule("name"), f"{path}: experiment")
+    check_value(params.get("plugins", []), Rule("names"), f"{path}: plugins")
+    for section, rules in SECTIONS.items():
+        if rules:
+            check_section(params[section], rules, f"{path}: {section}")
+    for section, rules in OPTIONAL.items():
+        if params["corpus"].get(section):
+            check_section(params["corpus"][section], rules, f"{path}: corpus.{section}")
+    _check_strategies(params, str(path))
     _check_run(params, str(path))
     return params
 
 
+def _check_strategies(params: Mapping[str, Any], path: str) -> None:
+    "Raise ParameterError for an entry of `strategies` that could not be trained, used or not."
+    _check_network(params, params["network"], f"{path}: network")
+    _check_train(params, params["train"], f"{path}: train")
+    check_value(params["strategies"], Rule("mapping"), f"{path}: strategies")
+    for name, entry in params["strategies"].items():
+        check_value(name, Rule("name"), f"{path}: strategies: each key")
+        where = f"{path}: strategies.{name}"
+        check_section(entry, ENTRY, where)
+        cls = _named(f"{where}.class", find_class, entry["class"], params.get("plugins", ()))
+        own = {k: p for k, p in list(inspect.signature(cls).parameters.items())[1:] if k != "seed"}  # the first one is the network
+        check_options(entry.get("options") or {}, own, f"{where}.options")
+        if entry.get("network") is not None:
+            _check_network(params, entry["network"], f"{where}.network")
+        _check_train(params, {**params["train"], **(entry.get("train") or {})}, f"{where}.train")
+
+
+def _named(where: str, function: Callable, *arguments: Any, **options: Any) -> Any:
+    "The function's value; whatever it raises becomes a ParameterError that begins with the place in the file."
+    try:
+        return function(*arguments, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # constructors and plugins fail in ways of their own
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ParameterError(text if text.startswith(where) else f"{where}: {text}") from error
+
+# %% ../nbs/32_pipeline.ipynb #6cf03951
+LARGEST_OPTION = 4096  # of a network: widths and numbers of blocks
+LARGEST_RATE = 10.0  # of AdamW, whose steps are of the size of the rate
+
+
+def _check_network(params: Mapping[str, Any], spec: Any, where: str) -> None:
+    "Raise ParameterError for a network that does not exist, or options that it does not take."
+    from irnb import networks
+    check_value(spec, Rule("mapping"), where)
+    check_section({k: v for k, v in spec.items() if k in ("name", "preset")}, {"name": Rule("text"), "preset": _maybe("text")}, where)
+    if "." in spec["name"]:
+        _check_module(spec["name"].rpartition(".")[0], params.get("plugins", ()), f"{where}.name")
+    options = {k: v for k, v in spec.items() if k != "name"}
+    cls, filled = _named(where, networks._resolve, spec["name"], options)
+    check_options({k: v for k, v in filled.items() if k != "upscale"}, inspect.signature(cls).parameters, where)
+    waiting = [(f"{where}.{k}", v) for k, v in options.items()]
+    for place, value in waiting:
+        waiting += [(place, v) for v in (value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ())]
+        if _is_number(value) and abs(value) > LARGEST_OPTION:
+            raise ParameterError(f"{place} must be at most {LARGEST_OPTION}, got {_shown(value)}")
+
+
+def _check_train(params: Mapping[str, Any], values: Any, where: str) -> None:
+    "Raise ParameterError for a field of TrainConfig that does not exist, is of another type or out of range."
+    from irnb.training import TrainConfig
+    check_value(values, Rule("mapping"), where)
+    check_section({k: v for k, v in values.items() if k in BATCHES}, BATCHES, where)
+    config = {k: v for k, v in values.items() if k not in BATCHES}
+    parameters = inspect.signature(TrainConfig).parameters
+    _named(where, check_known, config, [*parameters, *BATCHES], where)
+    check_options(config, parameters, where)
+    _named(where, TrainConfig.from_dict, config)
+    if config.get("lr", 0) > LARGEST_RATE:
+        raise ParameterError(f"{where}.lr must be at most {LARGEST_RATE}, got {_shown(config['lr'])}")
+    if values.get("crop", 64) > params["patches"]["size"]:
+        raise ParameterError(f"{where}.crop must be at most patches.size = {params['patches']['size']}, got {values.get('crop', 64)}")
+
+# %% ../nbs/32_pipeline.ipynb #946abfa0
 def _check_run(params: Mapping[str, Any], path: str) -> None:
-    "Raise ParameterError if the matrix, or `evaluation.tuned`, names what does not exist."
+    "Raise ParameterError if the matrix, or `evaluation`, names what does not exist."
+    from irnb.data import TASKS
     for name in params["evaluation"].get("tuned") or ():
         if name not in params["strategies"]:
             raise ParameterError(f"{path}: evaluation.tuned names {name!r}, but strategies has {sorted(params['strategies'])}")
     if params["corpus"].get("unpaired") and params["corpus"].get("real"):
         raise ParameterError(f"{path}: corpus.unpaired picks training pictures for a simulated target domain, corpus.real is a real one; leave one of them out")
     for part, matrix in (("", params["run"]), (".more", params["run"]["more"]), (".pretrain", params["run"]["pretrain"])):
-        check_known({k: v for k, v in matrix.items() if k not in ("seeds", "more", "pretrain")}, ["tasks", "strategies"], f"{path}: run{part}")
+        check_section({k: v for k, v in matrix.items() if part or k in _MATRIX}, _MATRIX, f"{path}: run{part}")
+        if matrix["tasks"] and not matrix["strategies"] and part != ".pretrain":
+            raise ParameterError(f"{path}: run{part}.strategies is empty, but run{part}.tasks names {matrix['tasks']}; name a strategy, or no task")
+        for name in matrix["tasks"]:
+            if name not in TASKS:
+                raise ParameterError(f"{path}: run{part}.tasks: unknown task {name!r}; choose from {', '.join(TASKS)}")
         for name in matrix["strategies"]:
             if name in UNTRAINED:
                 raise ParameterError(f"{path}: a strategy may not be called {name!r}, which is a row that needs no training; rename the entry")
             if name not in params["strategies"]:
                 raise ParameterError(f"{path}: run{part}.strategies names {name!r}, but strategies has {sorted(params['strategies'])}")
+    if not any(arms(params).values()):
+        raise ParameterError(f"{path}: run.tasks and run.strategies are empty, and so is run.more; name at least one of each")
+    _check_measures(params, path)
+    for task_name, names in arms(params).items():
+        for name in names:
+            _named(path, start_of, params, name, task_name)
+
+
+def _check_measures(params: Mapping[str, Any], path: str) -> None:
+    "Raise ParameterError for a metric that does not exist, or a reference that a task has not."
+    from irnb.evaluation import METRICS
+    metrics = params["evaluation"]["metrics"]
+    for name in metrics:
+        if name not in METRICS:
+            raise ParameterError(f"{path}: evaluation.metrics: unknown metric {name!r}; known: {', '.join(METRICS)}")
+    if "psnr" not in metrics:
+        raise ParameterError(f"{path}: evaluation.metrics must hold psnr, in which the report gives the gains, got {metrics}")
     for task_name, names in arms(params).items():
         if (name := reference_of(params, task_name)) not in (*names, *UNTRAINED):
             raise ParameterError(f"{path}: evaluation.reference: {name!r} is not trained on {task_name!r}, which has {names}; one name for all tasks, or a mapping of tasks to names")
 
-
+# %% ../nbs/32_pipeline.ipynb #6ec11af6
 def arms(params: Mapping[str, Any],  # from `load_params`
          ) -> dict[str, list[str]]:  # task -> strategies, in the order of params.yaml
     "What is trained on what: `run.tasks` times `run.strategies`, and `run.more.tasks` times `run.more.strategies`."
@@ -124,14 +419,26 @@ def reference_of(params: Mapping[str, Any],  # from `load_params`
     return reference.get(task_name) if isinstance(reference, Mapping) else reference
 
 # %% ../nbs/32_pipeline.ipynb #7ec766e5
+def _check_module(module: str, plugins: Sequence[str], where: str) -> None:
+    "Raise ParameterError for a module whose code a parameter file may not run."
+    if not any(module == name or module.startswith(f"{name}.") for name in ("irnb", *plugins)):
+        raise ParameterError(f"{where}: the module {module!r} is neither irnb's nor one of `plugins`; if you trust its code, add to the file: plugins: [{module or 'MODULE'}]")
+
+
 def find_class(dotted: str,  # such as "irnb.strategies.Supervised"
-               ) -> type:
-    "The class of that dotted name; raises ParameterError if it cannot be imported."
+               plugins: Sequence[str] = (),  # modules that may be imported beside irnb's, with all inside them
+               ) -> type:  # a Strategy
+    "The strategy class of that dotted name; raises ParameterError if it is none, or of a module that may not be imported."
+    from irnb.strategies.strategy import Strategy
     module, _, name = str(dotted).rpartition(".")
+    _check_module(module, plugins, f"cannot import the strategy {dotted!r}")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a module of the user's can raise anything
         raise ParameterError(f"cannot import the strategy {dotted!r}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Strategy)) or inspect.isabstract(found):
+        raise ParameterError(f"{dotted!r} is no strategy; it must be a subclass of irnb.strategies.strategy.Strategy with a forward of its own")
+    return found
 
 
 def _filled(value: Any, task_name: str) -> Any:
@@ -154,7 +461,7 @@ def run_settings(params: Mapping[str, Any],  # from `load_params`
     entry = params["strategies"][strategy]
     train = {**params["train"], **(entry.get("train") or {})}
     batch, crop = train.pop("batch", 16), train.pop("crop", 64)
-    return {"class": find_class(entry["class"]), "class_name": entry["class"], "options": _filled(dict(entry.get("options") or {}), task_name),
+    return {"class": find_class(entry["class"], params.get("plugins", ())), "class_name": entry["class"], "options": _filled(dict(entry.get("options") or {}), task_name),
             "network": dict(entry.get("network") or params["network"]), "batch": batch, "crop": crop, "config": TrainConfig.from_dict(train),
             "start": start_of(params, strategy, task_name) if task_name else None, "labels": entry.get("labels")}
 
@@ -206,7 +513,7 @@ def read_corpus(params: Mapping[str, Any],  # from `load_params`
         files = [name.as_posix() for path in image_files(root) for name in (path.relative_to(root), path.relative_to(root).with_suffix(""))]
         for part in patterns if files else ():
             pick_pictures(files, patterns[part], part)
-    corpus = scan(root, min_side=section["min_side"], groups=section.get("groups"), pick=[p for part in patterns.values() for p in part])
+    corpus = _named("corpus", scan, root, min_side=section["min_side"], groups=section.get("groups"), pick=[p for part in patterns.values() for p in part])
     parts = {part: corpus.subset(pick_pictures(corpus.names, patterns[part], part)) for part in patterns}
     require_disjoint(**parts)
     return parts
@@ -301,53 +608,50 @@ def halves(corpus: Any,  # a Corpus
         raise ParameterError(f"corpus.unpaired: {list(unpaired)} takes {len(second)} of the {len(scenes)} scenes of corpus.train; take at least one and leave at least one for the pairs")
     return tuple(corpus.subset([i.name for i in corpus if (i.group in second) == side]) for side in (False, True))
 
-# %% ../nbs/32_pipeline.ipynb #d712296d
-def _module_file(module: str) -> Path | None:
-    "The source of a module, found without importing it (its parent packages are)."
+# %% ../nbs/32_pipeline.ipynb #9c7ab45e
+LARGEST_NETWORK = 1_000_000_000  # weights: four gigabytes, and four times that in training
+
+
+def _outline(params: Mapping[str, Any], name: str) -> Any:
+    "The network of a strategy without its numbers; raises ParameterError if it cannot be built, or is empty or huge."
+    import torch
+    from irnb import networks
+    spec, where = run_settings(params, name)["network"], f"strategies.{name}.network"
     try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return None
-    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+        with torch.device("meta"):
+            net = networks.build(**spec)
+    except Exception:  # what is wrong, or a network of the user's that needs numbers: built again, in earnest
+        net = _named(where, initial_network, spec, 0)
+    weights = [(key, p.numel()) for key, p in net.named_parameters()]
+    if empty := [key for key, size in weights if size == 0]:
+        raise ParameterError(f"{where}: the weights {empty[0]!r} are empty; make its widths positive")
+    if (size := sum(size for _, size in weights)) > LARGEST_NETWORK:
+        raise ParameterError(f"{where} has {size} weights, more than {LARGEST_NETWORK}; make it smaller")
+    return net
 
 
-def imported_modules(source: str,  # Python source
-                     module: str,  # its dotted name; only modules of the same top package are followed
-                     package: bool = False,  # whether it is a package's __init__
-                     ) -> set[str]:
-    "The modules that a source imports anywhere, inside functions too, relative imports resolved."
-    found, parts = set(), module.split(".")
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
-            base = parts[:len(parts) - node.level + package] if node.level else []
-            target = ".".join(base + ([node.module] if node.module else []))
-            found |= {target} | {f"{target}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {m for m in found if m.split(".")[0] == parts[0] and _module_file(m)}
-
-
-def module_closure(modules: Sequence[str],  # dotted names
-                   ) -> dict[str, Path]:  # module -> file, all that they import within their own packages
-    "Follow imports statically."
-    closure, waiting = {}, list(modules)
-    while waiting:
-        module = waiting.pop()
-        file = _module_file(module)
-        if module not in closure and file:
-            closure[module] = file
-            waiting += imported_modules(file.read_text(encoding="utf-8"), module, file.name == "__init__.py")
-    return closure
+def _make_all(params: Mapping[str, Any]) -> None:
+    "Make each strategy that is trained, for each kind of task; raises ParameterError with the place in the file."
+    from irnb.data import task
+    pretrained = dict.fromkeys(params["run"]["pretrain"]["tasks"], params["run"]["pretrain"]["strategies"])
+    made = set()
+    for task_name, name in [(t, n) for part in (arms(params), pretrained) for t, names in part.items() for n in names]:
+        settings, scale = run_settings(params, name, task_name), task(task_name).scale
+        if (key := (name, scale, repr(settings["options"]))) not in made:
+            made.add(key)
+            _outline(params, name)
+            net = _named(f"strategies.{name}.network", initial_network, scaled(settings["network"], scale), 0)
+            _named(f"strategies.{name}.options", settings["class"], net, seed=0, **settings["options"])
 
 # %% ../nbs/32_pipeline.ipynb #da1ee811
 def sources(params: Mapping[str, Any],  # from `load_params`
             out: str | Path = "build/sources",  # folder; one JSON file per strategy
             ) -> None:
     "Stage: per strategy the modules that its training runs, with their hashes."
-    from irnb import networks
+    from irnb.training import module_closure
+    _make_all(params)
     for name in params["strategies"]:
-        settings = run_settings(params, name)
-        network = type(networks.build(**settings["network"]))
+        settings, network = run_settings(params, name), type(_outline(params, name))
         files = module_closure([settings["class"].__module__, network.__module__])
         digest = {module: hashlib.sha256(file.read_bytes()).hexdigest() for module, file in sorted(files.items())}
         _write_json(Path(out, f"{name}.json"), {"class": settings["class_name"], "network": network.__name__, "modules": digest})
@@ -453,13 +757,14 @@ def open_loader(folder: Path,  # build/synthetic/<task>
 def begin_from(net: Any,  # nn.Module with drawn weights
                start: tuple[str, str] | None,  # (task, strategy) of a pre-training; None: as drawn
                seed: int,  # of the run
+               trust: bool = False,  # as for `irnb.networks.load_model`
                ) -> Any:  # the same module
     "Load pre-trained weights; raises ParameterError if they are of another network."
     if start is None:
         return net
     from irnb.networks import UpscaleFirst, load_model
     file = pretrained_file(*start, seed)
-    weights, inner = load_model(file)[0].state_dict(), net.net if isinstance(net, UpscaleFirst) else net
+    weights, inner = load_model(file, trust=trust)[0].state_dict(), net.net if isinstance(net, UpscaleFirst) else net
     try:
         inner.load_state_dict(weights)
     except RuntimeError as error:
@@ -483,18 +788,18 @@ def train_run(params: Mapping[str, Any],  # from `load_params`
               ) -> Any:  # TrainResult
     "Stage: train one strategy; resumes where a killed run stopped. Raises NonFiniteError, ParameterError."
     from irnb.data import task
-    from irnb.training import processes, train
+    from irnb.training import processes, run_lock, train
     prepare(params)
     settings, the_task = run_settings(params, strategy_name, task_name), task(task_name)
     out, folder = Path(out or f"runs/{task_name}/{strategy_name}-{seed}"), Path("build/synthetic", task_name)
     checkpoint = Path("build/checkpoints", f"{'-'.join(out.parts[-3:])}.pt")
-    with processes(params["compute"]["device"]) as (rank, world, device):
+    with processes(params["compute"]["device"]) as (rank, world, device), run_lock(checkpoint if rank == 0 else None):
         settings["network"] = scaled(settings["network"], the_task.scale)
-        net = begin_from(initial_network(settings["network"], seed), settings["start"], seed)
+        net = begin_from(initial_network(settings["network"], seed), settings["start"], seed, trust=bool(params.get("plugins")))
         strategy = settings["class"](net, seed=seed, **settings["options"])
         loader = open_loader(folder, the_task, settings, strategy, seed, device=device, rank=rank, world=world)
         config = _with_seed(settings["config"], seed)
-        log, close = _dvclive(out / "live") if rank == 0 else (None, lambda: None)
+        log, close = _curves(out / "live") if rank == 0 else (None, lambda: None)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         validate = validation_psnr(folder / "validation", the_task) if "clean" in strategy.needs else None
         result = train(strategy, loader, config, checkpoint=checkpoint, device=device, on_log=log, progress=progress, validate=validate, extra=_data_hash(folder, settings, seed))
@@ -510,6 +815,52 @@ def pretrain_run(params: Mapping[str, Any],  # from `load_params`
                  ) -> Any:  # TrainResult
     "Stage: train a strategy whose weights others start from, into build/pretrained."
     return train_run(params, task_name, strategy_name, seed, out=pretrained_file(task_name, strategy_name, seed).parent)
+
+# %% ../nbs/32_pipeline.ipynb #3ab04392
+def _curves(folder: Path) -> tuple[Callable, Callable]:
+    "A logger of curve points and the function that closes it."
+    here = Path.cwd()
+    known = any((parent / ".dvc").is_dir() for parent in (here, *here.parents))
+    log, close = _dvclive(folder) if known and importlib.util.find_spec("dvclive") else _plain_curves(folder)
+
+    def safe(point: Mapping[str, float]) -> None:
+        try:
+            log(point)
+        except OSError as error:  # of a full disk: it names no file
+            raise OSError(f"{folder}: cannot be written ({error.strerror or error}); free space or choose another folder") from error
+    return safe, close
+
+
+def _plain_curves(folder: Path) -> tuple[Callable, Callable]:
+    "The files that DVCLive writes: a table per quantity, with step and value, and the last values."
+    shutil.rmtree(folder / "plots", ignore_errors=True)  # of an interrupted run, whose points come again
+    rows: dict[str, list[str]] = {}
+
+    def log(point: Mapping[str, float]) -> None:
+        for name, value in point.items():
+            if name != "step":
+                rows.setdefault(name, [f"step\t{name}"]).append(f"{int(point['step'])}\t{float(value)}")
+                _write(folder / "plots" / "metrics" / f"{name}.tsv", "\n".join(rows[name]) + "\n")
+        _write_json(folder / "metrics.json", dict(point))
+    return log, lambda: None
+
+
+def _dvclive(folder: Path) -> tuple[Callable, Callable]:
+    "The same through DVCLive."
+    from dvclive import Live
+    from scmrepo.exceptions import SCMError
+    try:
+        live = Live(dir=str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
+    except SCMError as error:   # DVCLive asks git for the last commit
+        raise OSError(f"{folder}: no curves can be logged in a git repository without a commit ({error}); make one: git add -A && git commit -m start") from error
+
+    def log(point: Mapping[str, float]) -> None:
+        live.step = int(point["step"])
+        for name, value in point.items():
+            if name != "step":
+                live.log_metric(name, float(value))
+        live.make_summary()
+    return log, live.end
 
 # %% ../nbs/32_pipeline.ipynb #97c33106
 def _with_seed(config: Any, seed: int) -> Any:
@@ -527,24 +878,6 @@ def _data_hash(folder: Path, settings: Mapping[str, Any], seed: int) -> str:
     kept = [settings[key] for key in ("batch", "crop", "network", "options", "start", "labels")]
     digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def _dvclive(folder: Path) -> tuple[Callable, Callable]:
-    "A logger of curve points and the function that closes it."
-    from dvclive import Live
-    from scmrepo.exceptions import SCMError
-    try:
-        live = Live(dir=str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
-    except SCMError as error:   # DVCLive asks git for the last commit
-        raise OSError(f"{folder}: no curves can be logged in a git repository without a commit ({error}); make one: git add -A && git commit -m start") from error
-
-    def log(point: Mapping[str, float]) -> None:
-        live.step = int(point["step"])
-        for name, value in point.items():
-            if name != "step":
-                live.log_metric(name, float(value))
-        live.make_summary()
-    return log, live.end
 
 
 def _finish(out: Path, result: Any, strategy: str, task_name: str, seed: int, settings: Mapping[str, Any], the_task: Any, device: Any) -> None:
@@ -598,7 +931,7 @@ def evaluate_run(params: Mapping[str, Any],  # from `load_params`
     from irnb.training import pick_device
     prepare(params)
     folder = Path("runs", task_name, f"{strategy_name}-{seed}")
-    net, spec = load_model(folder / "model.safetensors")
+    net, spec = load_model(folder / "model.safetensors", trust=bool(params.get("plugins")))
     _measure(params, task_name, {strategy_name: net.to(pick_device(params["compute"]["device"]))}, seed, folder / "table.csv")
 
 
@@ -639,7 +972,8 @@ def _panels(params: Mapping[str, Any], task_name: str) -> list[dict[str, Any]]:
     from irnb.networks import load_model
     restorers: dict[str, Callable] = {k: v for k, v in untrained(task(task_name).scale, task(task_name).raw).items() if k != "degraded"}
     for name in arms(params)[task_name]:
-        restorers[name], _ = load_model(Path("runs", task_name, f"{name}-{params['run']['seeds'][0]}", "model.safetensors"))
+        file = Path("runs", task_name, f"{name}-{params['run']['seeds'][0]}", "model.safetensors")
+        restorers[name], _ = load_model(file, trust=bool(params.get("plugins")))
     items, wanted = list(Benchmark.open(Path("build/synthetic", task_name, "test"))), params["evaluation"]["gallery"]
     settings = list(dict.fromkeys(i.setting for i in items if i.seen))[-1:] + list(dict.fromkeys(i.setting for i in items if not i.seen))[-1:]
     chosen = [i for i in items if i.setting in settings and i.image in list(dict.fromkeys(j.image for j in items))[:wanted]]
@@ -729,17 +1063,73 @@ def _store_restored(panels: Sequence[Mapping[str, Any]], task_name: str, strateg
         for name, picture in pictures.items():
             write_image(folder / f"{task_name}_{shown['image'].replace('/', '_')}_{shown['setting']}_{name}.png", picture[0].clamp(0, 1))
 
+# %% ../nbs/32_pipeline.ipynb #f3a37d0b
+MANIFEST = "manifest.json"  # of a results folder: file -> SHA-256, of all that the report wrote
+
+
+@contextlib.contextmanager
+def in_place(out: str | Path,  # folder of results
+             ) -> Iterator[Path]:  # write here; on success the files replace those of the same names in `out`
+    "A folder whose files are put in place at the end, file by file; on failure nothing has been touched."
+    out = Path(out).resolve()
+    if out.exists() and not out.is_dir():
+        raise ParameterError(f"{out}: is a file; move it away, the report makes a folder of this name")
+    draft = out.with_name(f".{out.name}.draft")  # beside it, so on the same filesystem
+    shutil.rmtree(draft, ignore_errors=True)  # of a report that was killed
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        _put(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _put(draft: Path, out: Path) -> None:
+    "Move the files of a draft into a folder, and remove what an earlier draft left there and this one has not."
+    new = {p.relative_to(draft).as_posix(): _digest(p) for p in sorted(draft.rglob("*")) if p.is_file()}
+    for name in new:
+        if not (out / name).parent.resolve().is_relative_to(out) or (out / name).is_dir():
+            raise ParameterError(f"{out / name}: is a folder, or inside a link to another one; move it away, the report writes a file of this name")
+    old = _read_manifest(out)
+    _write_json(out / MANIFEST, {**old, **new})  # a kill from here on forgets nothing
+    for name in new:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(draft / name, out / name)
+    for name, digest in old.items():
+        if name not in new and (out / name).is_file() and _digest(out / name) == digest:
+            (out / name).unlink()
+    _write_json(out / MANIFEST, new)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_manifest(out: Path) -> dict[str, str]:
+    "What an earlier report wrote into the folder; nothing without a manifest that can be read, or for names that lead out of the folder."
+    try:
+        found = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found = found if isinstance(found, dict) else {}
+    return {name: digest for name, digest in found.items() if (out / name).parent.resolve().is_relative_to(out) and name != MANIFEST}
+
 # %% ../nbs/32_pipeline.ipynb #171585e8
 def report(params: Mapping[str, Any],  # from `load_params`
            out: str | Path | None = None,  # default: results/<experiment>
            ) -> None:
-    "Stage: one table, its summary and metrics, the figures and the restored pictures."
+    "Stage: one table, its summary and metrics, the figures and the restored pictures; what else lies in the folder stays."
+    check_value(params["experiment"], Rule("name"), "experiment")
+    prepare(params)
+    with in_place(Path(out or f"results/{params['experiment']}")) as folder:
+        _write_report(params, folder)
+
+
+def _write_report(params: Mapping[str, Any], out: Path) -> None:
+    "All files of a report."
     from irnb.evaluation import markdown_table, summary, write_table
     from irnb.training import environment
-    prepare(params)
-    out, everything, training, metrics, text = Path(out or f"results/{params['experiment']}"), [], [], {}, []
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    everything, training, metrics, text = [], [], {}, []
     for task_name in arms(params):
         (rows, perfect), curve_rows = _all_rows(params, task_name), _curve_rows(params, task_name)
         everything, training = everything + rows, training + curve_rows
@@ -799,27 +1189,86 @@ def show_results(params: Mapping[str, Any],  # from `load_params`
     for path in sorted(out.rglob("*.png")):
         print(path)
 
+# %% ../nbs/32_pipeline.ipynb #ce99e4c5
+TOLERANCE = 0.1  # dB, of the means of a table on another processor (measured: 0.065)
+_COMPARED = ("metrics.json", "settings.csv", "table.csv")  # numbers alone: figures and env.json differ with the versions of what draws them
+
+
+def _committed(path: Path) -> bytes | None:
+    "A file as the last commit has it; None if it is not in it."
+    import subprocess
+    try:
+        done = subprocess.run(["git", "show", f"HEAD:./{path.name}"], cwd=path.parent, capture_output=True)
+    except OSError as error:
+        raise ParameterError(f"{path.parent}: cannot be compared with the last commit ({error.strerror}: git); name a folder to compare with") from error
+    return done.stdout if done.returncode == 0 else None
+
+
+def largest_differences(ours: Mapping[str, Any],  # metrics.json: task -> strategy -> metric_kind -> mean
+                        theirs: Mapping[str, Any],  # the same of another report
+                        ) -> list[tuple[str, str, float, str]]:  # task, "seen" or "unseen", dB (infinite: a row of one is not in the other), strategy
+    "The largest difference of mean PSNR per task and kind of settings."
+    found = []
+    for task_name in dict.fromkeys([*ours, *theirs]):
+        mine, other = ours.get(task_name, {}), theirs.get(task_name, {})
+        for kind in ("seen", "unseen"):
+            rows = [(s, mine.get(s, {}).get(f"psnr_{kind}"), other.get(s, {}).get(f"psnr_{kind}")) for s in dict.fromkeys([*mine, *other])]
+            apart = [(math.inf if None in (a, b) or not math.isfinite(a - b) else abs(a - b), s) for s, a, b in rows if (a, b) != (None, None)]
+            if apart:
+                found.append((task_name, kind, *max(apart, key=lambda pair: pair[0])))
+    return found
+
+# %% ../nbs/32_pipeline.ipynb #648bef07
+def compare(params: Mapping[str, Any],  # from `load_params`
+            against: str | Path | None = None,  # folder of another report; None: the last commit of this one
+            ) -> bool:  # whether they agree: the same bytes, or the means within TOLERANCE
+    "Print how far the results on disk are from those committed, or from those of another folder."
+    out = Path("results", params["experiment"])
+    other = (lambda name: _committed(out / name)) if against is None else lambda name: _bytes_of(Path(against, name))
+    theirs = {name: other(name) for name in _COMPARED} if out.is_dir() else {}
+    ours = {name: _bytes_of(out / name) for name in _COMPARED}
+    where = against or f"the last commit of {out}"
+    for place, files in ((out, ours), (where, theirs)):
+        if files.get("metrics.json") is None:
+            raise ParameterError(f"{place}: has no metrics.json to compare; run dvc repro, or name a folder with the report of the same experiment")
+    apart = largest_differences(*(_named(f"{place}/metrics.json", json.loads, f["metrics.json"]) for place, f in ((out, ours), (where, theirs))))
+    for task_name, kind, difference, strategy in apart:
+        text = "is in one of them only" if difference == math.inf else f"differs most, by {difference:.4f} dB"
+        print(f"{task_name}, {kind}: {strategy} {text if difference else 'and all others are equal'}")
+    same, largest = all(ours[name] == theirs[name] for name in _COMPARED if theirs[name] is not None), max((a[2] for a in apart), default=math.inf)
+    verdict = "the same bytes" if same else f"within the tolerance of {TOLERANCE} dB of another processor" if largest <= TOLERANCE else "differs: by more than another processor explains"
+    print(f"{out} and {where}: {verdict}")
+    return same or largest <= TOLERANCE
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
 # %% ../nbs/32_pipeline.ipynb #b6df12ac
 def _parser() -> argparse.ArgumentParser:
     from irnb import __version__, restore
     parser = argparse.ArgumentParser(prog="irnb", description="Training strategies that make image restoration networks generalise.")
     parser.add_argument("--version", action="version", version=f"irnb {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = (("--task", str), ("--strategy", str), ("--seed", int))
     stages = {"photographs": ("unpack the photographs inside scikit-image", ()), "synthesize": ("write training patches and benchmarks", ()),
               "sources": ("hash the modules that each strategy runs", ()), "pretrain": ("train one strategy whose weights others start from", run),
               "starts": ("hash the weights that each run starts from", ()), "train": ("train one strategy", run), "evaluate": ("measure one trained model", run),
               "baselines": ("measure what needs no training", run[:1]), "report": ("summary, metrics, figures, restored pictures", ()),
-              "results": ("print the summary of the last report", ())}
+              "results": ("print the summary of the last report", ()), "compare": ("say whether the results on disk agree with the committed ones", ())}
     for name, (text, options) in stages.items():
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         command.add_argument("--params", default="params.yaml", metavar="FILE", help="parameters (default: %(default)s)")
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+        if name == "compare":
+            command.add_argument("folder", nargs="?", help="compare with the report in this folder instead")
         for option, kind in options:
             command.add_argument(option, type=kind, required=True)
     restore.add_arguments(commands.add_parser("restore", help="restore pictures or folders with a trained model"))
     return parser
 
-
+# %% ../nbs/32_pipeline.ipynb #23a5383f
 def _run(args: argparse.Namespace) -> int:
     "Run the chosen command; returns the exit code."
     if args.command == "restore":
@@ -832,10 +1281,34 @@ def _run(args: argparse.Namespace) -> int:
     simple = {"synthesize": synthesize, "sources": sources, "starts": starts, "report": report, "results": show_results}
     if args.command in simple:
         simple[args.command](params)
+    elif args.command == "compare":
+        return int(not compare(params, args.folder))
     elif args.command == "baselines":
         baselines(params, args.task)
     else:
         {"pretrain": pretrain_run, "train": train_run, "evaluate": evaluate_run}[args.command](params, args.task, args.strategy, args.seed)
+    return 0
+
+# %% ../nbs/32_pipeline.ipynb #323e988c
+def _sentence(error: BaseException, args: argparse.Namespace) -> str:
+    "What went wrong, on one line that a terminal can show."
+    from irnb.images import printable
+    text = " ".join(str(error).split()) if "\n" in str(error) and not isinstance(error, (ValueError, OSError)) else str(error)
+    low = text.lower()
+    if isinstance(error, MemoryError) or "out of memory" in low or "can't allocate memory" in low or "cannot allocate memory" in low:
+        text = f"out of memory; lower train.batch, train.crop or the network's size in {getattr(args, 'params', 'the parameter file')}"
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+        text = f"{Path.cwd()}: no space left on device; free space and run it again"
+    elif isinstance(error, ParameterError) and re.match(r"[a-z]*", text)[0] in ("strategies", "experiment", *SECTIONS):
+        text = f"{args.params}: {text}"
+    elif not isinstance(error, (ValueError, OSError, ArithmeticError)):
+        text = f"{type(error).__name__}: {text} (unexpected; --debug shows the traceback)"
+    return printable(text)
+
+
+def _hang_up() -> int:
+    "The reader of our output has gone (`irnb results | head`): nothing is left to say, not even at exit."
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -844,15 +1317,19 @@ def main(argv: Sequence[str] | None = None,  # default: the command line
     "The `irnb` command: 0 done, 1 a failure that its message explains, 2 wrong usage, 130 interrupted."
     args = _parser().parse_args(argv)
     try:
-        return _run(args)
-    except (ValueError, OSError, ArithmeticError) as error:
-        print(f"irnb {args.command}: error: {error}", file=sys.stderr)
-        if os.environ.get("IRNB_TRACEBACK"):
-            raise
-        return 1
+        code = _run(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print(f"irnb {args.command}: interrupted; run it again to continue from the last checkpoint", file=sys.stderr)
         return 130
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and args.command in ("results", "compare"):
+            return _hang_up()
+        print(f"irnb {args.command}: error: {_sentence(error, args)}", file=sys.stderr)
+        if args.debug or os.environ.get("IRNB_TRACEBACK"):
+            raise
+        return 1
 
 
 if __name__ == "__main__" and "IPython" not in sys.modules:  # python -m irnb.pipeline, not a notebook

@@ -5,10 +5,10 @@
 # %% ../nbs/34_restore.ipynb #1b6618a5
 from __future__ import annotations
 
-import argparse, os, sys
+import argparse, os, stat, sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterable
+from typing import TYPE_CHECKING, Iterable, TextIO
 
 if TYPE_CHECKING:  # the command line reads this module before it knows whether it needs torch
     import numpy as np
@@ -29,15 +29,28 @@ class Restored:
     source: Path  # the picture
     target: Path | None  # the file that was, or would have been, written
     error: str | None = None  # None: restored; else file, problem and remedy
+    skipped: bool = False  # an earlier run had restored it
 
 # %% ../nbs/34_restore.ipynb #2d27cbe7
+def _named(path: str | os.PathLike, what: str) -> Path:
+    "A path; `RestoreError` for an empty name, which `Path` takes for the current folder."
+    if not os.fspath(path):
+        raise RestoreError(f"{what} is empty; name a file or a folder")
+    return Path(path)
+
+
+def _real(path: Path) -> Path:
+    "Where a path leads; links that lead into each other are left as they are."
+    return Path(os.path.realpath(path))
+
+
 def _listed(source: Path, outdir: Path) -> list[Restored]:
     "The pictures behind one INPUT and where they go; earlier results inside a folder are not inputs."
     if not source.is_dir():
         return [Restored(source, outdir / source.name)]
     from irnb.images import image_files
-    inside = outdir.resolve()
-    found = [p for p in image_files(source) if inside not in p.resolve().parents or inside == source.resolve()]
+    inside = _real(outdir)
+    found = [p for p in image_files(source) if inside not in _real(p).parents or inside == _real(source)]
     if not found:
         return [Restored(source, None, f"{source}: no pictures in this folder; check the path")]
     return [Restored(p, outdir / p.relative_to(source)) for p in found]
@@ -47,15 +60,17 @@ def _plan(inputs: Iterable[str | os.PathLike], outdir: Path) -> list[Restored]:
     "All pictures with their targets; raises `RestoreError` if two pictures share one target."
     if outdir.exists() and not outdir.is_dir():
         raise RestoreError(f"{outdir}: is a file; choose a folder for the results")
+    if outdir.is_symlink() and not outdir.exists():
+        raise RestoreError(f"{outdir}: is a link that leads nowhere; choose another folder for the results")
     jobs, sources = [], {}
-    for job in [job for path in inputs for job in _listed(Path(path), outdir)]:
+    for job in [job for path in inputs for job in _listed(_named(path, "an input"), outdir)]:
         if job.target is None:
             jobs.append(job)
             continue
         first = sources.setdefault(job.target, job.source)
         if first is job.source:
             jobs.append(job)
-        elif first.resolve() != job.source.resolve():  # the same picture named twice is restored once
+        elif _real(first) != _real(job.source):  # the same picture named twice is restored once
             raise RestoreError(f"{first} and {job.source} would both be written to {job.target}; "
                                "restore them into different folders")
     if not jobs:
@@ -72,6 +87,21 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def _astray(target: Path, outdir: Path) -> str | None:
+    "Why `target` may not lie below `outdir`, or None: a folder between them is a link."
+    links = [folder for folder in target.parents if outdir in folder.parents and folder.is_symlink()]
+    return f"{target}: {links[0]} is a link; remove it, or choose another folder for the results" if links else None
+
+
+def _finished(target: Path) -> bool:
+    "Whether an earlier run wrote `target`: an ordinary file with something in it."
+    try:
+        found = os.lstat(target)
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size > 0
+
+
 def _refusal(target: Path, originals: set, written: set, overwrite: bool) -> str | None:
     "Why `target` must not be written now, or None."
     found = _identity(target)
@@ -82,7 +112,8 @@ def _refusal(target: Path, originals: set, written: set, overwrite: bool) -> str
     if found in written:
         return f"{target}: was just written for another input; restore them into different folders"
     if not overwrite:
-        return f"{target}: exists already; pass --overwrite to replace it, or choose another folder"
+        return (f"{target}: exists already; pass --overwrite to replace it, --skip-existing to keep it, "
+                "or choose another folder")
     return None
 
 # %% ../nbs/34_restore.ipynb #7b8614cd
@@ -127,7 +158,7 @@ def _probe(net: nn.Module, multiple: int, path: Path) -> tuple[int, int]:
                        "use another model")
 
 
-def _open_model(path: str | os.PathLike, device: str | None) -> _Model:
+def _open_model(path: str | os.PathLike, device: str | None, trust: bool = False) -> _Model:
     "Load a model file and place it on a device."
     import torch
     from irnb.networks import load_model
@@ -136,7 +167,7 @@ def _open_model(path: str | os.PathLike, device: str | None) -> _Model:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as e:
         raise RestoreError(f"device {device!r} cannot be used ({str(e).splitlines()[0]}); try --device cpu") from e
-    net, spec = load_model(path)
+    net, spec = load_model(path, trust=trust)
     multiple = max([m.multiple for m in net.modules() if isinstance(getattr(m, "multiple", None), int)], default=8)
     channels, scale = _probe(net, multiple, Path(path))
     return _Model(net.to(place), spec.get("network", {}).get("name", "network"), channels, scale, multiple, place)
@@ -159,6 +190,13 @@ def _overlap(model: _Model, tile: int, overlap: int | None) -> tuple[int, int, s
     if radius is not None:
         note += f"; --tile {2 * up(2 * up(radius) + 16)} would be"
     return overlap, margin, note
+
+# %% ../nbs/34_restore.ipynb #03d0ec74
+def _say(text: str, stream: TextIO) -> None:
+    "Print one line, with an escape for every character that `stream` cannot show or should not act on."
+    from irnb.images import printable
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 # %% ../nbs/34_restore.ipynb #896fdff2
 def _adapter(model: _Model, peak: int) -> nn.Module:
@@ -200,7 +238,7 @@ def _restore_array(model: _Model, array: np.ndarray, path: Path, tile: int, over
     fits = max(array.shape[:2]) <= tile
     shared, margin, note = (0, 0, None) if fits else _overlap(model, tile, overlap)
     if note:
-        print(f"{path}: {note}", file=sys.stderr)
+        _say(f"{path}: {note}", sys.stderr)
     y = tiled(_adapter(model, peak), x, tile=tile, overlap=shared, margin=margin, multiple=model.multiple,
               scale=model.scale, statistics=statistics, progress=progress)[0]
     out = _to_integers(path, list(y), bits)
@@ -221,11 +259,11 @@ def _restore_file(model: _Model, job: Restored, tile: int, overlap: int | None, 
     array = np.require(array, requirements="CW")  # what torch takes without a copy
     out = _restore_array(model, array, job.source, tile, overlap, statistics, progress)
     del array
-    job.target.parent.mkdir(parents=True, exist_ok=True)
     write_array(job.target, out, icc=icc)
 
 # %% ../nbs/34_restore.ipynb #bf9546c5
-def _check_settings(tile: int, overlap: int | None, statistics: str) -> None:
+def _check_settings(tile: int, overlap: int | None, statistics: str, overwrite: bool,
+                    skip_existing: bool) -> None:
     "Refuse settings for which no picture could be restored."
     if tile < 32:
         raise RestoreError(f"tile must be >= 32 px, got {tile}")
@@ -233,10 +271,15 @@ def _check_settings(tile: int, overlap: int | None, statistics: str) -> None:
         raise RestoreError(f"overlap must be 0..{tile // 2} px (half a tile), got {overlap}; use a larger tile")
     if statistics not in ("image", "tile"):
         raise RestoreError(f"statistics must be 'image' or 'tile', got {statistics!r}")
+    if overwrite and skip_existing:
+        raise RestoreError("overwrite and skip_existing exclude each other; choose one")
 
 
 def _reason(job: Restored, error: Exception) -> str:
     "One sentence with the file and a remedy."
+    from irnb.images import ImageError
+    if isinstance(error, ImageError):
+        return str(error)
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error):
         return f"{job.source}: out of memory; pass a smaller --tile"
     text = (str(error).splitlines() or [type(error).__name__])[0]
@@ -254,23 +297,29 @@ def restore_files(
     device: str | None = None,  # "cpu", "cuda:0", ...; None: cuda if there is one
     statistics: str = "image",  # of global average pooling: of the "image", exact; of each "tile", faster
     overwrite: bool = False,  # replace existing results; never inputs
+    skip_existing: bool = False,  # keep existing results and go on with the others, after an interrupted run
+    trust: bool = False,  # import classes that the model file names from other packages than irnb
     progress: bool = True,  # bars on stderr
 ) -> list[Restored]:  # one per picture, in order
     "Restore pictures in kind; a file's failure is in its result, `ValueError` for what concerns all, before any work."
-    _check_settings(tile, overlap, statistics)
-    jobs = _plan(inputs, Path(outdir))
-    opened = _open_model(model, device)
+    _check_settings(tile, overlap, statistics, overwrite, skip_existing)
+    outdir = _named(outdir, "outdir")
+    jobs = _plan(inputs, outdir)
+    opened = _open_model(_named(model, "model"), device, trust)
     from tqdm.auto import tqdm
     originals, written, results = {_identity(job.source) for job in jobs}, set(), []
     for job in tqdm(jobs, unit="picture", disable=None if progress else True):
-        error = job.error or _refusal(job.target, originals, written, overwrite)
+        keep = skip_existing and job.target is not None and _finished(job.target)
+        error = job.error or _astray(job.target, outdir)
+        error = error or _refusal(job.target, originals, written, overwrite or keep)
         if error is None:
             try:
-                _restore_file(opened, job, tile, overlap, statistics, progress)
+                if not keep:
+                    _restore_file(opened, job, tile, overlap, statistics, progress)
                 written.add(_identity(job.target))
             except Exception as e:  # whatever a decoder, a network or a disk raises, the next picture is tried
                 error = _reason(job, e)
-        results.append(Restored(job.source, job.target, error))
+        results.append(Restored(job.source, job.target, error, keep and error is None))
     return results
 
 # %% ../nbs/34_restore.ipynb #42365326
@@ -281,12 +330,17 @@ def add_arguments(
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="pictures (png, jpg, tif, bmp, webp) or folders")
     parser.add_argument("-o", "--outdir", required=True, help="folder for the results; folders keep their structure")
     parser.add_argument("--model", required=True, metavar="FILE", help="written by irnb, or a public NAFNet checkpoint")
+    parser.add_argument("--trust", action="store_true",
+                        help="import classes of other packages that the model file names, which runs their code")
     parser.add_argument("--tile", type=int, default=512, metavar="PX", help="side; bounds the memory (default 512)")
     parser.add_argument("--overlap", type=int, metavar="PX", help="of neighbours (default: what makes tiles exact)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--statistics", choices=("image", "tile"), default="image",
                         help="global averages inside the network: of the whole image (exact) or of each tile (faster)")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing results, never inputs")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace existing results, never inputs")
+    existing.add_argument("--skip-existing", action="store_true",
+                          help="keep existing results and restore the others, as after an interrupted run")
 
 # %% ../nbs/34_restore.ipynb #e9c0c089
 def _keep_pages() -> None:
@@ -308,14 +362,16 @@ def run(
     try:
         results = restore_files(args.inputs, args.outdir, args.model, tile=args.tile, overlap=args.overlap,
                                 device=args.device, statistics=args.statistics, overwrite=args.overwrite,
-                                progress=sys.stderr.isatty())
+                                skip_existing=args.skip_existing, trust=args.trust, progress=sys.stderr.isatty())
     except (ValueError, OSError) as e:
-        print(f"irnb restore: {e}", file=sys.stderr)
+        _say(f"irnb restore: {e}", sys.stderr)
         return 2
-    failed = [r for r in results if r.error]
+    failed, skipped = [r for r in results if r.error], sum(r.skipped for r in results)
     for r in failed:
-        print(f"irnb restore: {r.error}", file=sys.stderr)
-    print(f"restored {len(results) - len(failed)} of {len(results)} pictures into {args.outdir}")
+        _say(f"irnb restore: {r.error}", sys.stderr)
+    done = len(results) - len(failed) - skipped
+    before = f", already there: {skipped}" if skipped else ""
+    _say(f"restored {done} of {len(results)} pictures into {args.outdir}{before}", sys.stdout)
     return 1 if failed else 0
 
 # %% ../nbs/34_restore.ipynb #ccf08f8b

@@ -5,16 +5,24 @@
 # %% ../nbs/30_training.ipynb #973d54c7
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
+import hashlib
+import importlib.util
 import io
 import json
 import math
 import os
 import platform
+import sys
 import time
+import types
+import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +36,8 @@ from .strategies.strategy import Frozen, Strategy, follow_tensors, mix_seed, ten
 
 # %% auto #0
 __all__ = ['TrainConfig', 'check_names', 'learning_rate', 'ema_decay', 'recalibrate', 'pick_device', 'environment', 'processes',
-           'save_checkpoint', 'load_checkpoint', 'NonFiniteError', 'train_step', 'Run', 'TrainResult',
-           'run_fingerprint', 'train']
+           'save_checkpoint', 'load_checkpoint', 'run_lock', 'NonFiniteError', 'train_step', 'Run', 'TrainResult',
+           'run_fingerprint', 'imported_modules', 'module_closure', 'code_of', 'train']
 
 # %% ../nbs/30_training.ipynb #8de70ba3
 @dataclass(frozen=True)
@@ -172,11 +180,85 @@ def load_checkpoint(path: Path,  # a file that `save_checkpoint` wrote
     if not Path(path).exists():
         return None
     try:
+        _check_sums(Path(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
         belongs = state["fingerprint"] == fingerprint
     except Exception as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error)[:200]}); delete it to start anew") from error
+        raise _unreadable(path, error) from error
     return state if belongs else None
+
+
+def _check_sums(path: Path) -> None:
+    "Compare the checksum of every entry; raises ValueError for a file that is cut off, damaged or none."
+    if not path.is_file():  # a pipe would be waited for without end
+        raise ValueError("not a file")
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
+
+
+def _unreadable(path: str | Path, error: Exception) -> ValueError:
+    "What is said about a checkpoint that cannot be used."
+    text = " ".join(str(error).split())[:200]
+    return ValueError(f"{path}: not a readable checkpoint, cut off or damaged "
+                      f"({type(error).__name__}: {text}); delete it to start anew")
+
+# %% ../nbs/30_training.ipynb #c0100002
+_HELD: set[Path] = set()  # the locks of this process, so that `train` may be called inside `run_lock`
+
+
+def _hold(file: io.FileIO) -> None:
+    "Take the lock of an open file or raise OSError at once; Windows locks bytes, so one far behind the text."
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+        file.seek(1 << 20)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _locked_file(path: Path) -> io.FileIO:
+    "The lock file, open and locked, with the number of this process in it."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "ab+", buffering=0)
+        try:
+            _hold(file)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            owner = file.read(20).decode(errors="replace").strip() or "?"
+            file.close()
+            text = f"{path}: process {owner} trains this run already; wait for it or stop it"
+            raise BlockingIOError(text) from None
+        except OSError:  # a file system without locks: nobody can be refused
+            return file
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            break
+        file.close()  # its holder has just removed it
+    with contextlib.suppress(OSError):  # on a full disk the message lacks the number
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+    return file
+
+
+@contextlib.contextmanager
+def run_lock(checkpoint: str | Path | None,  # the run's checkpoint file, there or not; None: no lock
+             ) -> Iterator[None]:
+    "Keep other processes from training the same run; raises BlockingIOError if one does."
+    path = Path(f"{checkpoint}.lock").resolve() if checkpoint else None
+    if path is None or path in _HELD:
+        yield
+        return
+    with _locked_file(path):
+        _HELD.add(path)
+        try:
+            yield
+        finally:
+            _HELD.discard(path)
+            with contextlib.suppress(OSError):  # Windows keeps files that are open
+                path.unlink()
 
 # %% ../nbs/30_training.ipynb #21069837
 class NonFiniteError(FloatingPointError):
@@ -189,32 +271,43 @@ class NonFiniteError(FloatingPointError):
                          "Try a smaller lr or clip, precision fp32, or look at that batch with loader.batch(step)")
 
 
+def _watched(batch: Mapping[str, Tensor], needs: Iterable[str]) -> dict[str, Tensor]:
+    "A scalar for each image batch that a strategy needs: 0, or NaN if a value is not finite."
+    images = {name: batch[name] for name in needs if isinstance(batch.get(name), Tensor)}
+    return {f"batch[{name!r}]": x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)) * 0
+            for name, x in images.items() if x.is_floating_point()}
+
+
 class _Window:
-    "Losses, gradient norms and logged scalars since the last log point, kept on the device."
+    "Inputs' scalars, losses, gradient norms and logged scalars since the last log point, kept on the device."
 
     def __init__(self, size: int, device: torch.device):
-        self.values = torch.zeros(size, 2, device=device)
+        self.size, self.device, self.count = size, device, 0
+        self.columns: dict[str, Tensor] = {}  # a number per step; the cause of an accident before its effect
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
 
-    def add(self, loss: Tensor, norm: Tensor, logs: Mapping[str, Tensor]) -> None:
-        self.values[self.count, 0] = loss
-        self.values[self.count, 1] = norm
+    def add(self, loss: Tensor, norm: Tensor, logs: Mapping[str, Tensor],
+            inputs: Mapping[str, Tensor]) -> None:
+        for name, value in {**inputs, "the loss": loss, "the gradient norm": norm}.items():
+            if name not in self.columns:
+                self.columns[name] = torch.zeros(self.size, device=self.device)
+            self.columns[name][self.count] = value
         for name, value in logs.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.count += 1
 
     def first_bad(self) -> tuple[int, str] | None:
-        bad = (~torch.isfinite(self.values[:self.count])).cpu()
+        values = torch.stack(list(self.columns.values()), dim=1)[:self.count]
+        bad = (~torch.isfinite(values)).cpu()
         if not bool(bad.any()):
             return None
         offset = int(bad.any(dim=1).nonzero()[0])
-        return offset, "the loss" if bool(bad[offset, 0]) else "the gradient norm"
+        return offset, list(self.columns)[int(bad[offset].nonzero()[0])]
 
     def means(self) -> dict[str, float]:
         out = {name: float(value) / self.count for name, value in self.sums.items()}
-        out["grad_norm"] = float(self.values[:self.count, 1].mean())
-        self.sums, self.count = {}, 0
+        out["grad_norm"] = float(self.columns["the gradient norm"][:self.count].mean())
+        self.sums, self.columns, self.count = {}, {}, 0
         return out
 
 # %% ../nbs/30_training.ipynb #48416a12
@@ -271,11 +364,30 @@ def train_step(model: nn.Module,  # the strategy, possibly wrapped in Distribute
     return total, norm
 
 # %% ../nbs/30_training.ipynb #27ad365c
+def _process() -> tuple[int, int]:
+    "Rank and number of the processes that train together."
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _generators(device: torch.device) -> list[tuple[Tensor, Tensor | None]]:
+    "The states of PyTorch's global generators (CPU, GPU), by rank; all processes must ask together."
+    own = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    world = _process()[1]
+    if world == 1:
+        return [own]
+    found: list[Any] = [None] * world
+    torch.distributed.all_gather_object(found, own)
+    return found
+
+
 class Run:
     "The state of a training between two steps."
 
     def __init__(self, strategy: Strategy, config: TrainConfig, device: torch.device, fingerprint: str):
         self.strategy, self.config, self.device, self.fingerprint = strategy, config, device, fingerprint
+        self.code: dict[str, Any] = {}  # see `code_of`
         strategy.to(device).train()
         if config.channels_last:
             strategy.to(memory_format=torch.channels_last)
@@ -288,10 +400,11 @@ class Run:
         self.step, self.history = 0, []
 
     def state(self) -> dict[str, Any]:
-        "Everything that is needed to go on."
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return {"fingerprint": self.fingerprint, "step": self.step, "strategy": self.strategy.state_dict(), "opt": self.opt.state_dict(),
-                "average": self.average.state_dict(), "history": self.history, "rng": torch.get_rng_state(), "cuda_rng": cuda}
+        "Everything that is needed to go on; all processes must ask together."
+        return {"fingerprint": self.fingerprint, "code": self.code, "step": self.step,
+                "strategy": self.strategy.state_dict(), "opt": self.opt.state_dict(),
+                "average": self.average.state_dict(), "history": self.history,
+                "rng": _generators(self.device)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         "Continue from a stored state."
@@ -299,9 +412,10 @@ class Run:
         self.strategy.load_state_dict(state["strategy"])
         self.opt.load_state_dict(state["opt"])
         self.average.load_state_dict(state["average"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        cpu, cuda = state["rng"][_process()[0]]
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, self.device)
 
     def advance(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         "One step: learning rate, update, commit, average."
@@ -339,8 +453,166 @@ def run_fingerprint(strategy: Strategy,  # its class and the names and shapes of
                     ) -> str:
     "A text that is equal for two runs that must end in the same weights."
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "checkpoint_every"}
-    shapes = {k: list(v.shape) for k, v in strategy.state_dict().items() if isinstance(v, Tensor)}
+    shapes = {k: list(v.shape) for k, v in strategy.state_dict().items()
+              if isinstance(v, Tensor) and not k.endswith("_extra_state")}  # counters may take any form
     return json.dumps([type(strategy).__qualname__, settings, shapes, extra], sort_keys=True)
+
+# %% ../nbs/30_training.ipynb #c0200002
+def _module_file(module: str) -> Path | None:
+    "The source of a module, found without importing it (its parent packages are)."
+    try:
+        spec = importlib.util.find_spec(module)
+        origin = spec.origin if spec else None
+    except (ImportError, ValueError):  # a program's own module has no spec, but perhaps a file
+        origin = getattr(sys.modules.get(module), "__file__", None)
+    return Path(origin) if origin and origin.endswith(".py") and Path(origin).is_file() else None
+
+
+def _installed(package: str) -> bool:
+    "Whether a top package belongs to Python or was put there by pip; one that does not exist is nobody's."
+    if package in sys.stdlib_module_names or package == "__main__":
+        return True
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return True
+    places = [spec.origin or "", *(spec.submodule_search_locations or ())] if spec else []
+    return not spec or any({"site-packages", "dist-packages"} & set(Path(place).parts) for place in places)
+
+
+def _running(tree: ast.AST) -> Iterator[ast.AST]:
+    "All nodes but those under `if TYPE_CHECKING`, which never run."
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            waiting += node.orelse
+        else:
+            yield node
+            waiting += ast.iter_child_nodes(node)
+
+
+@functools.lru_cache(maxsize=1024)
+def _imported_names(source: str, module: str, package: bool) -> frozenset[str]:
+    "What a source imports anywhere: modules, and names that may be modules."
+    found, parts = set(), module.split(".")
+    for node in _running(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            base = parts[:len(parts) - node.level + package] if node.level else []
+            target = ".".join(base + ([node.module] if node.module else []))
+            found |= {target} | {f"{target}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return frozenset(found)
+
+
+def imported_modules(source: str,  # Python source
+                     module: str,  # its dotted name
+                     package: bool = False,  # whether it is a package's __init__
+                     ) -> set[str]:
+    "Modules of the same top package, or not installed, that a source imports anywhere, inside functions too."
+    found, first = _imported_names(source, module, package), module.split(".")[0]
+    own = {top for top in {m.split(".")[0] for m in found} if top and (top == first or not _installed(top))}
+    return {m for m in found if m.split(".")[0] in own and _module_file(m)}
+
+
+def module_closure(modules: Iterable[str],  # dotted names
+                   ) -> dict[str, Path]:  # module -> file, all that they import, see `imported_modules`
+    "Follow imports statically."
+    closure, waiting = {}, list(modules)
+    while waiting:
+        module = waiting.pop()
+        file = _module_file(module)
+        if module not in closure and file:
+            closure[module] = file
+            waiting += imported_modules(file.read_text(encoding="utf-8"), module, file.name == "__init__.py")
+    return closure
+
+# %% ../nbs/30_training.ipynb #c0200005
+def _plain(value: Any) -> str:
+    "A text for numbers, texts and tuples of them; others have none that is the same in another process."
+    if isinstance(value, tuple):
+        return f"({','.join(map(_plain, value))})"
+    return repr(value) if isinstance(value, (int, float, str, bytes, type(None))) else ""
+
+
+def _code_text(code: types.CodeType) -> tuple[str, list[str]]:
+    "What a compiled function does, without its place in the file, and the names that it looks up."
+    names = list(code.co_names)
+    text = [code.co_name, code.co_code.hex(), str(code.co_names), str(code.co_varnames)]
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            inner, more = _code_text(const)
+            text, names = [*text, inner], names + more
+        else:
+            text.append(str(sorted(map(repr, const))) if isinstance(const, frozenset) else _plain(const))
+    return "\n".join(text), names
+
+
+def _inside(thing: type | types.FunctionType) -> tuple[str, list[Any]]:
+    "The text of a class or function, and the values that it uses."
+    if isinstance(thing, type):
+        plain = [f"{name}={_plain(v)}" for name, v in vars(thing).items() if not name.startswith("__")]
+        members = [getattr(v, "__func__", getattr(v, "fget", v)) for v in vars(thing).values()]
+        return f"class {thing.__qualname__} {plain}", [*members, *thing.__mro__[1:]]
+    text, names = _code_text(thing.__code__)
+    cells = [c.cell_contents for c in thing.__closure__ or () if c != types.CellType()]
+    used = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values(), *cells,
+            *(thing.__globals__[name] for name in names if name in thing.__globals__)]
+    return f"{text}\n{[_plain(value) for value in used]}", used
+
+
+def _session_code(things: Iterable[Any],  # classes and functions
+                  ) -> tuple[str, set[str]]:  # a text for those without a file, and the modules of the others
+    "Follow classes and functions of the session to all that they use."
+    texts, modules, seen, waiting = [], set(), set(), list(things)
+    while waiting:
+        thing = waiting.pop(0)
+        if isinstance(thing, types.ModuleType):
+            modules.add(thing.__name__)
+        elif isinstance(thing, (type, types.FunctionType)) and id(thing) not in seen:
+            seen.add(id(thing))
+            if _module_file(thing.__module__ or ""):
+                modules.add(thing.__module__)
+            elif thing.__module__ == "__main__" or thing.__module__ not in sys.modules:
+                text, used = _inside(thing)
+                texts.append(text)
+                waiting += used
+    return "\n".join(texts), modules
+
+# %% ../nbs/30_training.ipynb #c0200007
+def _held(holder: Any) -> list[Any]:
+    "An object's class, and of its attributes functions, classes and the classes of own objects."
+    found = [holder, type(holder)]
+    for value in getattr(holder, "__dict__", {}).values():
+        value = getattr(value, "func", value)  # of functools.partial
+        top = type(value).__module__.split(".")[0]
+        found.append(type(value) if top == "__main__" or not _installed(top) else value)
+    return [thing for thing in found if isinstance(thing, (type, types.FunctionType))]
+
+
+def code_of(strategy: Strategy,  # with its networks
+            device: torch.device | str = "cpu",  # where it is trained
+            *others: Any,  # what else the run calls: the data source, the validation
+            ) -> dict[str, Any]:  # module -> hash of its source; torch, device, threads, processes
+    "What the bits of a run depend on besides its settings; raises nothing for code that has no source."
+    device = torch.device(device)
+    things = [Run, *(thing for holder in (*strategy.modules(), *others) for thing in _held(holder))]
+    bases = [base for t in things if isinstance(t, type) for base in t.__mro__]
+    text, modules = _session_code([*things, *bases])
+    kept = {m for m in modules if m.split(".")[0] not in {"torch", *sys.stdlib_module_names}}
+    sources = {name: hashlib.sha256(file.read_bytes()).hexdigest()
+               for name, file in sorted(module_closure(kept).items())}
+    session = {"session code": hashlib.sha256(text.encode()).hexdigest()} if text else {}
+    return {"torch": str(torch.__version__), "device": device.type, "threads": torch.get_num_threads(),
+            "processes": _process()[1], **session, **sources}
+
+
+def _differences(stored: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    "What two results of `code_of` differ in: a setting with both values, a module by name."
+    differ = [k for k in sorted({*stored, *own}) if stored.get(k) != own.get(k)]
+    values = ("torch", "device", "threads", "processes")
+    return ", ".join(f"{k} {stored.get(k)}, now {own.get(k)}" if k in values else k for k in differ)
 
 # %% ../nbs/30_training.ipynb #aeb1bc31
 def _wrap(strategy: Strategy, device: torch.device, config: TrainConfig) -> nn.Module:
@@ -372,26 +644,40 @@ def train(strategy: Strategy,  # trained in place
           extra: str = "",  # joins the fingerprint; see `run_fingerprint`
           progress: bool = True,  # show a progress bar on a terminal
           ) -> TrainResult:
-    "Train a strategy; killed and called again with the same checkpoint file it ends in the same bits. Raises NonFiniteError."
+    "Train; killed and called again with its checkpoint it ends in the same bits. Raises NonFiniteError."
     device = device if isinstance(device, torch.device) else pick_device(device)
     config = _aligned(config)
-    rank = torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
-    start = time.perf_counter()
-    with _own_rng(device, config.seed + 1000 * rank):
+    rank, start = _process()[0], time.perf_counter()
+    with run_lock(checkpoint if rank == 0 else None), _own_rng(device, config.seed + 1000 * rank):
         run = Run(strategy, config, device, run_fingerprint(strategy, config, extra))
-        state = load_checkpoint(Path(checkpoint), run.fingerprint) if checkpoint else None
-        if state:
-            run.restore(state)
+        if checkpoint:
+            run.code = code_of(strategy, device, batches, validate)
+            _resume(run, Path(checkpoint))
         for point in run.history if on_log else ():
             on_log(point)
         result = TrainResult(run.average.net, run.history, config.steps, resumed_at=run.step)
         model = _wrap(strategy, device, config)
         try:
-            _train_on(run, model, batches, checkpoint if rank == 0 else None, validate, on_log, result, progress and rank == 0)
+            _train_on(run, model, batches, checkpoint, validate, on_log, result, progress and rank == 0)
         finally:
             strategy.net._compiled_call_impl = None  # undo compile(): the network is given back as it came
     result.seconds = time.perf_counter() - start
     return result
+
+
+def _resume(run: Run, path: Path) -> None:
+    "Continue from the checkpoint, if there is one of this run and this code."
+    state = load_checkpoint(path, run.fingerprint)
+    if state is None:
+        return
+    if differs := _differences(state.get("code") or {}, run.code):
+        if _process()[0] == 0:
+            warnings.warn(f"{path}: checkpoint of other code ({differs}), starting anew", stacklevel=3)
+        return
+    try:
+        run.restore(state)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise _unreadable(path, error) from error
 
 # %% ../nbs/30_training.ipynb #429c506d
 def _train_on(run: Run, model: nn.Module, batches, checkpoint, validate, on_log, result: TrainResult, progress: bool) -> None:
@@ -404,8 +690,9 @@ def _train_on(run: Run, model: nn.Module, batches, checkpoint, validate, on_log,
             before = time.perf_counter()
             batch = batches.batch(run.step)
             result.waiting += time.perf_counter() - before
+            inputs = _watched(batch, run.strategy.needs)
             loss, norm = run.advance(model, batch)
-            window.add(loss, norm, run.strategy.logs)
+            window.add(loss, norm, run.strategy.logs, inputs)
             bar.update()
             done = run.step == config.steps
             if done or run.step % config.log_every == 0:
@@ -417,7 +704,9 @@ def _train_on(run: Run, model: nn.Module, batches, checkpoint, validate, on_log,
                 if on_log:
                     on_log(point)
                 if checkpoint and (done or run.step % config.checkpoint_every == 0):
-                    save_checkpoint(Path(checkpoint), run.state())
+                    state = run.state()  # all processes give their part, the first one writes
+                    if _process()[0] == 0:
+                        save_checkpoint(Path(checkpoint), state)
 
 # %% ../nbs/30_training.ipynb #04018831
 def _stop_if_bad(window: _Window, run: Run, batches, checkpoint) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 from torch import nn
 from irnb.networks import EDSR, FFANet, RRDB, SwinIR, UpscaleFirst, build, load_weights, networks
-from irnb.networks.checkpoints import CheckpointError, CheckpointNotFound, LoadReport, guess_network, read_sections
+from irnb.networks.checkpoints import CheckpointError, CheckpointNotFound, LoadReport, guess_network, infer_network, read_sections
 
 EDSR_OPTIONS = dict(num_feat=8, num_block=2, upscale=2)
 
@@ -325,9 +325,12 @@ def test_a_flipped_bit_anywhere_in_an_archive(tmp_path, source, net):
 def test_code_is_refused_unrun(tmp_path, source, net, form):
     proof = tmp_path / "the code has run"
     path = stored(tmp_path / "f.pth", {"params": source.state_dict(), "surprise": Malicious(proof)}, form)
-    refused(net, path, r"refused, it holds code or objects besides tensors \(it wants \w+\.mkdir\); ask for safetensors")
-    (tmp_path / "g.pth").write_bytes(pickle.dumps({"a": Malicious(proof)}, protocol=2))
-    refused(net, tmp_path / "g.pth", "refused|truncated or damaged")
+    refused(net, path, r"refused, it holds code or objects besides tensors \(it wants \w+\.mkdir\), which would run on load; ask for safetensors")
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "g.pth").write_bytes(pickle.dumps({"a": Malicious(proof)}, protocol=protocol))
+        refused(net, tmp_path / "g.pth", r"refused, it holds code .*mkdir\), which would run on load")
+        torch.save({"a": Malicious(proof)}, tmp_path / "g.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=form == "zip")
+        refused(net, tmp_path / "g.pth", r"refused, it holds code .*mkdir\), which would run on load")
     assert not proof.exists()
     refused(net, stored(tmp_path / "h.pth", net, form), "refused, it holds code or objects.*EDSR")
 
@@ -367,6 +370,85 @@ def test_flawed_weights(tmp_path, source, net, changes, message, section):
     assert ("section 'params'" in str(error)) == (section is not None)
     if "strict" not in message and ("finite" in message or "instead of torch" in message or "not a tensor" in message):
         refused(net, path, message, strict=False)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3, dtype=torch.bool), torch.zeros(3, dtype=torch.complex64), torch.zeros(3).to(torch.float8_e4m3fn), torch.full((3,), 1e300, dtype=torch.float64),
+                                   torch.zeros(3, dtype=torch.uint8)])
+def test_another_kind_of_number(tmp_path, source, net, value):
+    "Also a fraction that the network's own precision cannot hold."
+    refused(net, stored(tmp_path / "f.pth", change(source, conv_last__bias=value)), "'conv_last.bias' (holds torch.* instead of torch.float32|has values that are not finite)")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("form", ["zip", "safetensors"])
+def test_fractions_of_any_precision(tmp_path, source, net, dtype, form):
+    state = {k: v.to(dtype) for k, v in source.state_dict().items()}
+    assert load_weights(net, stored(tmp_path / "f", state, form)).complete and same(net.state_dict(), {k: v.float() for k, v in state.items()})
+
+
+@pytest.mark.parametrize("value", [torch.zeros(1).expand(10**6, 10**6), torch.empty(10**12, 0), torch.eye(3).to_sparse(), torch.empty(3, device="meta")])
+def test_tensors_without_memory_of_their_own(tmp_path, source, net, value):
+    refused(net, stored(tmp_path / "f.pth", change(source, conv_last__bias=value)), "'conv_last.bias' is no plain tensor|refused|truncated or damaged")
+
+
+def test_a_dictionary_without_a_bottom(tmp_path, source, net):
+    deep, wide = {"a": torch.zeros(1)}, {"a": torch.zeros(1)}
+    for _ in range(200): deep = {"a": deep}
+    for _ in range(40): wide = {"a": wide, "b": wide}
+    endless = {}; endless["a"] = endless
+    for content in (deep, wide, endless): refused(net, stored(tmp_path / "f.pth", content), "dictionaries deep")
+
+
+def test_an_archive_that_unpacks_to_much_more(tmp_path, source, net):
+    import zipfile
+    path = stored(tmp_path / "f.pth", {"a": torch.zeros(500_000)})
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "g.pth", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist(): new.writestr(name, old.read(name))
+    refused(net, tmp_path / "g.pth", "would unpack to more than 16 times its size")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
+def test_a_pipe_is_not_waited_for(tmp_path, net):
+    os.mkfifo(tmp_path / "f.pth")
+    refused(net, tmp_path / "f.pth", "cannot be read .not a regular file")
+
+
+# --- the network is inferred: every tensor must find its place
+
+OPTIONS = {"NAFNet": {}, "UNet": {}, "RRDB": dict(scale=4), "FFANet": {}, "EDSR": dict(upscale=3), "SwinIR": dict(upscale=2), "Restormer": {}, "ConStyleNAFNet": {}, "ConStyleRestormer": {}, "ConStyleConv": {},
+           "ConStyleUformer": {}, "ConStyleKBNet": {}, "ConStyleMAXIM": {}}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_family_refuses_a_tensor_too_many(tmp_path, name):
+    state = build(name, preset="tiny", **OPTIONS[name]).state_dict()
+    net, found, options = infer_network(stored(tmp_path / "f.pth", {"params": state}))
+    assert found == name and same(net.state_dict(), state)
+    first = next(iter(state))
+    for extra in ({"conv_up9.weight": torch.zeros(2, 2)}, {first.replace(".", ".9.", 1): torch.zeros(2)}, {"gain": torch.ones(())}, {"nowhere.attn_mask": torch.zeros(4, 4)}):
+        with pytest.raises(CheckpointError, match=r"f.pth: .*"): infer_network(stored(tmp_path / "f.pth", {"params": {**state, **extra}}))
+    assert sorted(networks()) == sorted(OPTIONS)                                        # a new family comes here too
+
+
+@pytest.mark.parametrize("form", ["nested", "flat"])
+def test_what_may_stand_beside_an_inferred_network(tmp_path, form):
+    state = build("FFANet", preset="tiny").state_dict()
+    unused = {"g1.la.gamma": torch.zeros(1), "g2.last.weight": torch.zeros(4, 4)}
+    content = {"params": {**state, **unused}, "params_old": {k: v + 1 for k, v in state.items()}, "optimizer": {"exp_avg": torch.zeros(3)}}
+    other = {"net": state, "second": {"conv.weight": torch.zeros(3)}}
+    if form == "flat": content, other = ({f"{at}.{k}": v for at, s in c.items() for k, v in s.items()} for c in (content, other))
+    else: content |= {"epoch": torch.tensor(3), "lr_schedulers": {"last": torch.zeros(2)}}
+    net, name, _ = infer_network(stored(tmp_path / "f.pth", content))
+    assert name == "FFANet" and same(net.state_dict(), state)
+    turned = {{"params": "params_old", "params_old": "params_ema"}.get(at, at): part for at, part in content.items()} if form == "nested" else content
+    assert infer_network(stored(tmp_path / "f.pth", turned))[1] == "FFANet"              # what no version uses may stand in the copy
+    with pytest.raises(CheckpointError, match="conv.weight.* would be left out"): infer_network(stored(tmp_path / "g.pth", other))
+
+
+def test_a_network_larger_than_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("irnb.networks.MAX_SPARE", -10**9)
+    path = stored(tmp_path / "f.pth", build("UNet", preset="tiny").state_dict())
+    with pytest.raises(CheckpointError, match="far more than the file holds"): infer_network(path)
 
 
 def test_unknown_section(tmp_path, source, net):

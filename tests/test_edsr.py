@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from irnb.networks import EDSR, UpscaleFirst, build, count_parameters, load_model, networks, save_model
+from irnb.networks import EDSR, ModelError, UpscaleFirst, build, count_parameters, load_model, networks, save_model
 from irnb.networks.edsr import DIV2K_MEAN, EDSRBlock, mean_colour, shuffle_upsampler
 from tests.nets import awake
 
@@ -65,7 +65,8 @@ def old_layout(net: EDSR) -> dict:
     names = {"conv_first": "head.0", "conv_after_body": f"body.{n}", "conv_last": "tail.1"}
     names |= {f"body.{i}.conv{k + 1}": f"body.{i}.body.{2*k}" for i in range(n) for k in (0, 1)} | {f"upsample.{i}": f"tail.0.{i}" for i in (0, 2, 4)}
     old = {f"{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v for k, v in state.items()}
-    return {"sub_mean.weight": torch.eye(3).view(3, 3, 1, 1), "sub_mean.bias": torch.zeros(3), **old, "add_mean.weight": torch.eye(3).view(3, 3, 1, 1), "add_mean.bias": torch.zeros(3)}
+    shift = 255 * torch.tensor([0.4488, 0.4371, 0.4040])
+    return {"sub_mean.weight": torch.eye(3).view(3, 3, 1, 1), "sub_mean.bias": -shift, **old, "add_mean.weight": torch.eye(3).view(3, 3, 1, 1), "add_mean.bias": shift}
 
 
 @pytest.mark.parametrize("n, upscale", [(1, 3), (11, 4)])
@@ -81,6 +82,20 @@ def test_old_layout(n, upscale):
     again = EDSR(**EDSR.options_from_state_dict(new)); again.load_state_dict(new)
     x = torch.rand(1, 3, 5, 6)
     assert torch.equal(again(x), net(x))
+
+
+@pytest.mark.parametrize("change", [{"sub_mean.bias": torch.zeros(3)}, {"sub_mean.bias": -torch.tensor([0.4488, 0.4371, 0.4040])}, {"sub_mean.weight": 2 * torch.eye(3).view(3, 3, 1, 1)},
+                                    {"add_mean.bias": torch.zeros(4)}, {"body.9.weight": torch.zeros(4, 4, 3, 3)}])
+def test_another_mean_colour_is_not_lost(tmp_path, change):
+    "What the network would not do by itself stays an entry, and a file whose network is inferred is refused for it."
+    net = awake(EDSR(4, 1, 2))
+    torch.save(old_layout(net), tmp_path / "old.pt")
+    x = torch.rand(1, 3, 5, 6)
+    assert torch.equal(load_model(tmp_path / "old.pt")[0](x), net.eval()(x))
+    torch.save({k: v.half() for k, v in old_layout(net).items()}, tmp_path / "half.pt")
+    assert load_model(tmp_path / "half.pt")[1]["network"]["name"] == "EDSR"
+    torch.save({**old_layout(net), **change}, tmp_path / "other.pt")
+    with pytest.raises(ModelError, match="other.pt"): load_model(tmp_path / "other.pt")
 
 
 # --- values

@@ -1,5 +1,6 @@
 """The examples and the template as a downstream user would run them, at smoke scale: other folders, own pictures, own networks."""
 import ast
+import inspect
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import nbformat
 import pytest
+import torch
 import yaml
 
 from tests.notebooks import ROOT, execute, notebooks
@@ -86,10 +88,133 @@ def test_examples_are_short_and_use_public_names(name):
             assert all(alias.name in offered and not alias.name.startswith("_") for alias in node.names), node.module
 
 
+# --- every strategy in two frameworks that bring a loop, files and a precision of their own
+
+def every_strategy():
+    "Name -> maker of a small strategy, equal at every call."
+    from irnb import strategies
+    from irnb.networks.general import ConStyleEncoder
+    from irnb.strategies import ToyNet
+    from tests.test_constyle import SMALL, told
+
+    def encoder():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return ConStyleEncoder(**SMALL)
+
+    options = {"CR": {"extractor": "random"}, "NoiseDA": {"denoiser": "nano"}, "FineTune": {"layers": 1}, "DIL": {"inner": "adam"},
+               "SPN": {"extractor": "random", "rho": .1, "negatives": [{"interval": 2, "decay": .1}]},
+               "IRConStyle": {"queue_size": 12}, "ConStylePretraining": {"queue_size": 12, "crop": 16}}
+    nets = {"IRConStyle": told, "ConStylePretraining": encoder}
+    classes = {name: getattr(strategies, name) for name in dir(strategies) if not name.startswith("_")}
+    found = {name: c for name, c in classes.items()
+             if inspect.isclass(c) and issubclass(c, strategies.Strategy) and not inspect.isabstract(c)}
+    makers = {name: lambda c=c, name=name: c(nets.get(name, ToyNet)(), **options.get(name, {})) for name, c in found.items()}
+    beside = lambda: found["IRConStyle"](ToyNet(), queue_size=12, encoder=SMALL, condition=False)
+    return makers | {"DIL ps": lambda: found["DIL"](ToyNet(), variant="ps"), "IRConStyle beside a network": beside}
+
+
+STRATEGIES = every_strategy()
+
+
+def batches_for_all(count=6):
+    from irnb.strategies import toy_batch
+    return [toy_batch(seed=i) | {"degraded2": toy_batch(seed=100 + i)["degraded"]} for i in range(count)]
+
+
+def adam(strategy):
+    return torch.optim.AdamW([p for p in strategy.parameters() if p.requires_grad], lr=2e-3)
+
+
+def test_the_table_of_strategies_is_whole():
+    assert len(STRATEGIES) >= 19 and {"Supervised", "DIL", "NoiseDA", "SPN", "IRConStyle", "RCL", "DANN", "CR"} <= set(STRATEGIES)
+
+
+@pytest.fixture
+def accelerator():
+    accelerate = pytest.importorskip("accelerate")
+    yield accelerate.Accelerator(cpu=True)
+    accelerate.Accelerator().free_memory()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_accelerate_stores_a_strategy_and_resumes_to_the_same_bits(name, accelerator, tmp_path):
+    import accelerate
+
+    def loop(model, opt, batches):
+        for batch in batches:
+            opt.zero_grad()
+            accelerator.backward(model(batch))
+            opt.step()
+            accelerator.unwrap_model(model).after_step()
+
+    def prepared():
+        accelerator.free_memory()
+        strategy = STRATEGIES[name]()
+        return accelerator.prepare(strategy, adam(strategy))
+
+    (whole, opt), data = prepared(), batches_for_all()
+    loop(whole, opt, data[:3])
+    accelerator.save_state(tmp_path / "state")
+    accelerator.save_model(whole, tmp_path / "model")
+    loop(whole, opt, data[3:])
+    again, opt = prepared()
+    accelerator.load_state(tmp_path / "state")
+    assert again.step == 3
+    loop(again, opt, data[3:])
+    assert whole.step == again.step == 6
+    assert [key for key, value in whole.state_dict().items() if not torch.equal(value, again.state_dict()[key])] == []
+    other = STRATEGIES[name]()
+    accelerate.load_checkpoint_in_model(other, str(tmp_path / "model"), strict=True)
+    assert other.step == 3
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_fabric_trains_every_strategy_in_mixed_precision(name):
+    pytest.importorskip("lightning_fabric")
+    from lightning_fabric import Fabric
+    fabric, strategy = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"), STRATEGIES[name]()
+    model, opt = fabric.setup(strategy, adam(strategy))
+    for batch in batches_for_all(2):
+        loss = model(batch)
+        opt.zero_grad()
+        fabric.backward(loss)
+        opt.step()
+        strategy.after_step()
+    assert loss.dtype == torch.float32 and loss.isfinite() and all(p.isfinite().all() for p in strategy.parameters())
+
+
+def test_what_fabric_rounds_stays_rounded_and_autocast_around_the_call_rounds_nothing():
+    pytest.importorskip("lightning_fabric")
+    from lightning_fabric import Fabric
+    from irnb.strategies import Supervised, ToyNet
+    seen, batch = [], batches_for_all(1)[0]
+    for precision in ("bf16-mixed", "32-true"):
+        strategy = Supervised(ToyNet(), loss=lambda restored, clean: seen.append(clean) or (restored - clean).abs().mean())
+        model = Fabric(accelerator="cpu", devices=1, precision=precision).setup(strategy)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(batch).isfinite()
+    rounded, exact = seen
+    assert rounded.dtype == exact.dtype == torch.float32 and torch.equal(exact, batch["clean"])
+    assert torch.equal(rounded, batch["clean"].bfloat16().float()) and 0 < (rounded - exact).abs().max() <= 2 ** -9
+
+
+@pytest.mark.parametrize("given, taken", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_no_strategy_hands_half_types_on(name, given, taken):
+    "What the network is given in a step outside autocast."
+    strategy, seen = STRATEGIES[name](), []
+    strategy = strategy.double() if given == torch.float64 else strategy
+    strategy.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    strategy.restorer().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    loss = strategy({key: x.to(given) for key, x in batches_for_all(1)[0].items()})
+    assert loss.isfinite() and loss.dtype == taken and set(seen) <= {taken}
+
+
 @slow
 def test_template_runs_and_keeps_the_contract():
     nb = execute(TEMPLATE)
-    assert any("22 checks passed" in o.get("text", "") for c in nb.cells if c.cell_type == "code" for o in c.outputs)
+    assert any("24 checks passed" in o.get("text", "") for c in nb.cells if c.cell_type == "code" for o in c.outputs)
 
 
 def test_template_is_neither_exported_nor_listed():

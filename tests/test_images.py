@@ -1,5 +1,5 @@
 """irnb.images: kinds of files, damage, atomic writes, the PNG codec against Pillow, tiling against the untiled net."""
-import errno, io, os, struct, threading, warnings, zlib
+import errno, io, lzma, os, socket, struct, subprocess, sys, threading, tracemalloc, warnings, zlib
 
 import numpy as np
 import pytest
@@ -307,6 +307,150 @@ def test_what_is_no_picture(tmp_path):
         read_image(tmp_path / "a.png", mode="grey")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "socket", "device"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+    path = tmp_path / "a.png"
+    os.mkfifo(tmp_path / "pipe")
+    if kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    else:
+        os.symlink({"pipe": "pipe", "link to a pipe": "pipe", "device": "/dev/zero"}[kind], path)
+    with pytest.raises(ImageError, match="a.png: is a pipe, socket or device"):
+        read_array(path)
+
+
+def profile_png(body, sixteen=False):
+    "A PNG with an iCCP chunk of a given body."
+    return add_chunk(filtered_png(RGB16 if sixteen else RGB8, [0] * 13), b"iCCP", body)
+
+
+@pytest.mark.parametrize("sixteen", [False, True])
+def test_a_profile_is_unfolded_to_a_limit(tmp_path, sixteen):
+    engine = zlib.compressobj(9)
+    bomb = b"".join(engine.compress(bytes(2**20)) for _ in range(256)) + engine.flush()      # a quarter of a megabyte
+    good = b"p\0\0" + zlib.compress(b"profile")
+    for body, words in [(b"p\0\0" + bomb, "profile b'p' is larger than 16777216 bytes"),
+                        (b"p\0\0" + zlib.compress(bytes(999))[:-6], "damaged colour profile b'p'"),
+                        (b"p\0\0junk", "damaged colour profile b'p'")]:
+        (tmp_path / "a.png").write_bytes(profile_png(body, sixteen))
+        tracemalloc.start()
+        with pytest.raises(ImageError, match=words):
+            read_array(tmp_path / "a.png")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5 * images.MAX_PROFILE
+    (tmp_path / "a.png").write_bytes(add_chunk(profile_png(good, sixteen), b"iCCP", good))
+    with pytest.raises(ImageError, match="a.png: holds more than one colour profile"):
+        read_array(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(profile_png(good, sixteen))
+    assert read_array(tmp_path / "a.png")[1] == b"profile"
+
+
+@pytest.mark.parametrize("kind, prefix", [(b"zTXt", b"k\0\0"), (b"iTXt", b"k\0\1\0\0\0")])
+def test_texts_are_not_unfolded_to_gigabytes(tmp_path, kind, prefix):
+    engine = zlib.compressobj(9)
+    bomb = b"".join(engine.compress(bytes(2**20)) for _ in range(256)) + engine.flush()
+    for sixteen in (False, True):
+        png = filtered_png(RGB16 if sixteen else RGB8, [0] * 13)
+        (tmp_path / "a.png").write_bytes(add_chunk(png, kind, prefix + bomb))
+        tracemalloc.start()
+        try:
+            np.testing.assert_array_equal(read_array(tmp_path / "a.png")[0], RGB16 if sixteen else RGB8)
+        except ImageError as e:
+            assert str(tmp_path / "a.png") in str(e)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2**26
+
+
+def chained(array, target, pages=1, big=False):
+    "A TIFF whose last page points at its page `target`, or at the byte ~target."
+    tifffile.imwrite(file := io.BytesIO(), np.stack([array] * pages), photometric="minisblack", metadata=None, bigtiff=big,
+                     byteorder="<")
+    data, offsets = bytearray(file.getvalue()), []
+    count, offset, entry, first = ("<Q", "<Q", 20, 8) if big else ("<H", "<I", 12, 4)
+    where = first
+    while at := struct.unpack_from(offset, data, where)[0]:
+        offsets.append(at)
+        where = at + struct.calcsize(count) + entry * struct.unpack_from(count, data, at)[0]
+    struct.pack_into(offset, data, where, ~target if target < 0 else offsets[target])
+    return bytes(data)
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_the_pages_of_a_tiff_come_to_an_end(tmp_path, monkeypatch, dtype, big):
+    array, path = RGB16[..., 0].astype(dtype), tmp_path / "a.tif"
+    for data, words in [(b"II*\0" + struct.pack("<IHI", 8, 0, 8), "returns to byte 8"), (chained(array, 0, 1, big), "returns"),
+                        (chained(array, 0, 2, big), "returns"), (chained(array, 1, 3, big), "returns"),
+                        (chained(array, ~10**6, 1, big), "truncated"), (chained(array, 0, 300, big), "more than 256 pages")]:
+        path.write_bytes(data)
+        with pytest.raises(ImageError, match=words) as e:
+            read_array(path)
+        assert str(path) in str(e.value)
+    path.write_bytes(chained(array, ~0, 1, big))
+    np.testing.assert_array_equal(read_array(path)[0][..., 0], array)
+
+
+@pytest.mark.parametrize("code", [8, 32946, 34925])
+def test_the_strips_of_a_tiff_are_unfolded_to_a_limit(tmp_path, code):
+    engine = lzma.LZMACompressor(preset=0) if code == 34925 else zlib.compressobj(9)
+    bomb = b"".join(engine.compress(bytes(2**20)) for _ in range(256)) + engine.flush()
+    for blob, good in ((bomb, False), (lzma.compress(RGB16.tobytes()) if code == 34925 else zlib.compress(RGB16.tobytes()), True)):
+        tifffile.imwrite(file := io.BytesIO(), RGB16, photometric="rgb", metadata=None, byteorder="<")
+        data = bytearray(file.getvalue())
+        (at,) = struct.unpack_from("<I", data, 4)
+        for i in range(at + 2, at + 2 + 12 * struct.unpack_from("<H", data, at)[0], 12):
+            values = {259: code, 273: len(data), 279: len(blob)}      # compression, place and length of the strip
+            if (tag := struct.unpack_from("<H", data, i)[0]) in values:
+                struct.pack_into("<HII", data, i + 2, 4, 1, values[tag])
+        (tmp_path / "a.tif").write_bytes(bytes(data) + blob)
+        tracemalloc.start()
+        if good:
+            np.testing.assert_array_equal(read_array(tmp_path / "a.tif")[0], RGB16)
+        else:
+            with pytest.raises(ImageError, match=f"a.tif: damaged, .* unfold to more than {RGB16.nbytes} bytes"):
+                read_array(tmp_path / "a.tif")
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+        tracemalloc.stop()
+
+
+def test_an_eight_bit_png_that_ends_too_early_is_not_filled_with_black(tmp_path):
+    data = filtered_png(RGB8[:5], [0] * 5)
+    head = struct.pack(">IIBBBBB", 17, 13, 8, 2, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(data[:8] + add_chunk(data[:8] + bytes(25), b"IHDR", head)[33:58] + data[33:])
+    with pytest.raises(ImageError, match=f"a.png: PNG data end {8 * 52} bytes before the last row"):
+        read_array(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("make", [lambda: b"II*\0\0\0\0\0", lambda: chained(RGB16[..., 0], 0)])
+def test_decoders_do_not_write_to_the_terminal(tmp_path, make):
+    (tmp_path / "a.tif").write_bytes(make())
+    code = "import sys, irnb.images as i\ntry: i.read_array(sys.argv[1])\nexcept i.ImageError: print('refused')"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.tif"], capture_output=True, text=True)
+    assert done.stdout == "refused\n" and done.stderr == ""
+
+
+def test_passes_over_a_jpeg_are_counted(tmp_path):
+    Image.fromarray(skimage.data.chelsea()).save(tmp_path / "a.jpg", progressive=True)
+    data = (tmp_path / "a.jpg").read_bytes()
+    scan = bytes.fromhex("ffda 0008 01 0100 013f00 5a")
+    (tmp_path / "b.jpg").write_bytes(data[:-2] + scan * 1000 + data[-2:])
+    with pytest.raises(ImageError, match="b.jpg: a JPEG of more than 100 scans"):
+        read_array(tmp_path / "b.jpg")
+    comment = b"\xff\xfe" + struct.pack(">H", 2 + 500 * len(scan)) + scan * 500
+    (tmp_path / "c.jpg").write_bytes(data[:2] + comment + data[2:] + scan * 1000)      # a comment; what follows the end
+    np.testing.assert_array_equal(read_array(tmp_path / "c.jpg")[0], read_array(tmp_path / "a.jpg")[0])
+    assert images._check_scans(b"\xff\xd8" + b"\xff" * 2**20, "d.jpg") is None      # linear in the size of the file
+
+
+def test_a_file_larger_than_its_pixels_is_not_read(tmp_path):
+    write_array(tmp_path / "a.png", RGB8)
+    os.truncate(tmp_path / "a.png", 2**40)                                              # sparse: takes no place
+    with pytest.raises(ImageError, match="a.png: 1099511627776 bytes are more than"):
+        read_array(tmp_path / "a.png")
+
+
 def test_size_limits_are_ours_and_local(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     write_array(tmp_path / "a.png", RGB8)
@@ -356,6 +500,20 @@ def test_values_are_clamped_and_rounded(tmp_path):
     assert read_array(tmp_path / "a.png")[0].ravel().tolist() == [0, 255, 128, 100]
 
 
+@pytest.mark.parametrize("image, words", [
+    (torch.full((3, 4, 4), 255, dtype=torch.uint8), "type torch.uint8"), (torch.ones(1, 4, 4).bool(), "type torch.bool"),
+    (torch.zeros(3, 4, 4, dtype=torch.int64), "type torch.int64"), (torch.ones(3, 4, 4) * 1j, "type torch.complex64"),
+    (np.zeros((3, 4, 4), np.float32), "type ndarray"), (torch.full((3, 4, 4), 255.0), "from 255 to 255"),
+    (torch.linspace(0, 255, 48).view(3, 4, 4), "from 0 to 255"), (torch.linspace(-2, 1, 48).view(3, 4, 4), "from -2 to 1"),
+    (torch.full((3, 4, 4), 128.0).half(), "from 128 to 128")])
+def test_another_scale_is_not_clamped_to_white(tmp_path, image, words):
+    with pytest.raises(ImageError, match=f"a.png: pixels .*{words}"):
+        write_image(tmp_path / "a.png", image)
+    with pytest.raises(ImageError, match="a.png: alpha .*(type|not in)"):
+        write_picture(tmp_path / "a.png", Picture(torch.zeros(3, 4, 4), image[:1]))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("where", ["fsync", "replace", "open", "encode"])
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.jpg"])
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where, name):
@@ -371,9 +529,33 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
         monkeypatch.setattr(images, "_pillow_write", full)
     else:
         monkeypatch.setattr(os, where, full)
-    with pytest.raises(ImageError, match="No space left on device.*free space"):
+    with pytest.raises(ImageError, match=f"{name}: .*No space left on device.*free space"):
         write_image(tmp_path / name, torch.ones(3, 8, 8))
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("parent", ["a file", "a loop"])
+def test_a_folder_that_is_none_names_the_file(tmp_path, parent):
+    (tmp_path / "d").touch() if parent == "a file" else os.symlink("d", tmp_path / "d")
+    for name in ("d/a.png", "d/e/a.png"):
+        with pytest.raises(ImageError, match="cannot be written.*choose another folder") as e:
+            write_image(tmp_path / name, torch.ones(3, 8, 8))
+        assert str(tmp_path / name) in str(e.value)
+
+
+class Full(io.BytesIO):
+    "A file on a disk that is full: nothing can be written, not even by C code."
+    def fileno(self): raise OSError("no descriptor")
+    def write(self, data): raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("name, bits", [("a.png", 8), ("a.png", 16), ("a.tif", 8), ("a.tif", 16), ("a.jpg", 8), ("a.bmp", 8),
+                                        ("a.webp", 8)])
+def test_every_encoder_on_a_full_disk_names_the_file(tmp_path, monkeypatch, name, bits):
+    monkeypatch.setattr(images, "open", lambda *_: Full(), raising=False)
+    with pytest.raises(ImageError, match="cannot be written.*free space") as e:
+        write_image(tmp_path / name, torch.ones(3, 8, 8), bits=bits)
+    assert str(tmp_path / name) in str(e.value) and not list(tmp_path.iterdir())
 
 
 def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):

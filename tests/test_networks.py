@@ -382,7 +382,8 @@ def test_a_strategy_ships_its_own_module(tmp_path, installed):
     shipped = Doubling.restorer_for(awake(build("NAFNet", preset="tiny")), 3)
     spec = {**SPEC, "strategy": {"name": "doubling", "class": "a_strategy.Doubling", "options": {"gain": 5}}}
     save_model(tmp_path/"m", shipped, spec)
-    again, read = load_model(tmp_path/"m")
+    with pytest.raises(ModelError, match="m: it names the class 'a_strategy.Doubling'.*trust=True.*--trust"): load_model(tmp_path/"m")
+    again, read = load_model(tmp_path/"m", trust=True)
     x = torch.rand(1, 3, 9, 9)
     assert isinstance(again, Doubled) and again.gain.item() == 3 and torch.equal(again(x), shipped(x)) and read["strategy"] == spec["strategy"]
 
@@ -427,8 +428,162 @@ def put(key, value): return lambda tensors: {**tensors, key: value}
 ])
 def test_bad_model_files_are_refused(tmp_path, installed, make, message):
     path = make(tmp_path/"model.safetensors")
-    with pytest.raises(ModelError, match=message) as caught: load_model(path)
+    foreign = any(name in message for name in ("no_such_package", "not a strategy class", "loss"))
+    with pytest.raises(ModelError, match=message) as caught: load_model(path, trust=foreign)
     assert str(path) in str(caught.value) and isinstance(caught.value, ValueError)
+    if foreign:
+        with pytest.raises(ModelError, match="pass trust=True to load_model, or --trust on the command line"): load_model(path)
+
+
+# --- what a file may claim
+
+@pytest.mark.parametrize("dotted", ["payload.Net", "payload.sub.Net", "os.system", "builtins.eval", "torch.nn.Linear", "tests.nets.Batches", "irnb_more.Net"])
+@pytest.mark.parametrize("as_strategy", [False, True])
+def test_no_foreign_module_is_imported(tmp_path, monkeypatch, dotted, as_strategy):
+    (tmp_path/"payload.py").write_text("open('the payload has run', 'w')\nclass Net: pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = {**SPEC, "strategy": {"class": dotted}} if as_strategy else {"network": {"name": dotted, "options": {}}}
+    with pytest.raises(ModelError, match=f"model: it names the class '{dotted}'.*trust=True"): load_model(written(tmp_path/"model", spec=spec))
+    assert not (tmp_path/"the payload has run").exists() and "payload" not in sys.modules
+    if dotted == "payload.Net":                                                        # the remedy does what it says
+        with pytest.raises(ModelError): load_model(tmp_path/"model", trust=True)
+        assert (tmp_path/"the payload has run").exists() and sys.modules.pop("payload")
+
+
+@pytest.mark.parametrize("dotted", ["irnb.images.os.system", "irnb.networks.os", "irnb.networks.rrdb.F", "irnb.networks.checkpoints.Path", "irnb.networks.json.loads", "irnb..os", "irnb.", "irnb", ".", "irnb.networks.rrdb.nn.Linear",
+                                    "irnb.networks.__loader__", "irnb.pipeline.main", "irnb.networks.\x00", "irnb.data.Path"])
+@pytest.mark.parametrize("as_strategy", [False, True])
+def test_dotted_tricks_are_refused(tmp_path, dotted, as_strategy):
+    spec = {**SPEC, "strategy": {"class": dotted}} if as_strategy else {"network": {"name": dotted, "options": {}}}
+    with pytest.raises(ModelError, match="model: "): load_model(written(tmp_path/"model", spec=spec))
+
+
+@pytest.mark.parametrize("as_strategy", [False, True])
+def test_a_class_that_irnb_merely_imported_is_foreign(tmp_path, monkeypatch, as_strategy):
+    import irnb.networks.rrdb
+    monkeypatch.setattr(irnb.networks.rrdb, "Linear", torch.nn.Linear, raising=False)
+    spec = {**SPEC, "strategy": {"class": "irnb.networks.rrdb.Linear"}} if as_strategy else {"network": {"name": "irnb.networks.rrdb.Linear", "options": {"in_features": 2, "out_features": 2}}}
+    with pytest.raises(ModelError, match="trust=True"): load_model(written(tmp_path/"model", torch.nn.Linear(2, 2), spec))
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"middle_blk_num": 10**6}, "middle_blk_num|beyond the limit of 65536"), ({"middle_blk_num": 60_000}, "far more layers than the 100 tensors"), ({"enc_blk_nums": [50_000], "dec_blk_nums": [1]}, "far more layers"),
+    ({"width": 65_536}, r"'intro.weight' has shape \(16, 3, 3, 3\) instead of \(65536, 3, 3, 3\)"), ({"width": -10**30}, "beyond the limit"), ({"width": 10**4000}, "beyond the limit"), ({"width": "16"}, "'width' must be int, got '16'"),
+    ({"width": 16.0}, "'width' must be int"), ({"width": True}, "'width' must be int"), ({"enc_blk_nums": [[[10**9]]]}, "beyond the limit"), ({"width": None}, "'width' must be int"), ([1], "cannot be built"), ("x", "cannot be built"), (None, "cannot be built")])
+def test_options_are_bounded_before_anything_is_built(tmp_path, options, message):
+    spec = {"network": {"name": "NAFNet", "options": {**TINY, **options} if isinstance(options, dict) else options}}
+    with pytest.raises(ModelError, match=message): load_model(written(tmp_path/"model", spec=spec))
+
+
+def test_wide_layers_are_compared_before_they_are_allocated(tmp_path, monkeypatch):
+    "Nothing is built but on the meta device: a real build of this width would take hundreds of gigabytes."
+    devices, before = set(), NAFNet.__init__
+    def built(self, *a, **k):
+        before(self, *a, **k)
+        devices.update(p.device.type for p in self.parameters())
+    path = written(tmp_path/"model", spec={"network": {"name": "NAFNet", "options": {**TINY, "width": 60_000}}})
+    monkeypatch.setattr(NAFNet, "__init__", built)
+    with pytest.raises(ModelError, match="'intro.weight' has shape"): load_model(path)
+    assert devices == {"meta"}
+
+
+def test_the_limits_leave_no_trace(tmp_path):
+    "After a rehearsal, finished or stopped, networks are built as before."
+    from irnb.networks import _bounded
+    with pytest.raises(ValueError, match="far more layers"), _bounded(1): NAFNet(middle_blk_num=500)
+    net = NAFNet(**{**TINY, "middle_blk_num": 40})
+    assert {p.device.type for p in net.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.uint8, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("key", ["intro.bias", "middle_blks.0.beta"])
+def test_another_kind_of_number_is_refused(tmp_path, dtype, key):
+    "Bytes read as another kind would restore a picture all the same."
+    path = written(tmp_path/"model", change=lambda t: {**t, key: torch.ones_like(t[key]).to(dtype)})
+    with pytest.raises(ModelError, match=f"'{key}' holds .* instead of torch.float32"): load_model(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_precision_is_a_fraction(tmp_path, dtype):
+    net = awake(build("NAFNet", preset="tiny"))
+    loaded = load_model(written(tmp_path/"model", net, change=lambda t: {k: v.to(dtype) for k, v in t.items()}))[0]
+    assert all(v.dtype == torch.float32 and torch.equal(v, net.state_dict()[k].to(dtype).float()) for k, v in loaded.state_dict().items())
+    save_model(tmp_path/"b", net.to(dtype), SPEC)
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in load_model(tmp_path/"b")[0].state_dict().items())
+
+
+def test_a_fraction_that_the_network_cannot_hold(tmp_path):
+    path = written(tmp_path/"model", change=lambda t: {**t, "intro.bias": torch.full((16,), 1e300, dtype=torch.float64)})
+    with pytest.raises(ModelError, match="'intro.bias' has values that are not finite"): load_model(path)
+
+
+class Counting(nn.Module):
+    "A network with a counter."
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x): return self.norm(x)
+
+
+def test_counters_are_whole(tmp_path, installed):
+    spec = {"network": {"name": "a_strategy.Counting", "options": {}}}
+    assert load_model(written(tmp_path/"m", Counting(), spec), trust=True)[0].norm.num_batches_tracked == 0
+    with pytest.raises(ModelError, match="num_batches_tracked' holds torch.float32 instead of torch.int64"):
+        load_model(written(tmp_path/"m", Counting(), spec, lambda t: {**t, "norm.num_batches_tracked": torch.tensor(0.5)}), trust=True)
+
+
+def header_of(path):
+    "The header of a safetensors file."
+    content = path.read_bytes()
+    return json.loads(content[8:8 + struct.unpack("<Q", content[:8])[0]])
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    "In a weight, a name, an option, the checksum itself: refused, or the same network."
+    net = awake(build("NAFNet", width=2, enc_blk_nums=[1], middle_blk_num=0, dec_blk_nums=[0]))
+    spec = {"network": {"name": "NAFNet", "options": dict(width=2, enc_blk_nums=[1], middle_blk_num=0, dec_blk_nums=[0])}, "note": "a"}
+    save_model(tmp_path/"m", net, spec)
+    content, wanted = (tmp_path/"m").read_bytes(), load_model(tmp_path/"m")[1]
+    for at in range(0, len(content), 17):
+        damaged = bytearray(content); damaged[at] ^= 1 << at % 8
+        (tmp_path/"n").write_bytes(damaged)
+        try: again, read = load_model(tmp_path/"n")
+        except ModelError as error: assert str(tmp_path/"n") in str(error); continue
+        assert all(torch.equal(v, net.state_dict()[k]) for k, v in again.state_dict().items()) and {k: v for k, v in read.items() if "sha" not in k} == wanted, at
+    weight = bytearray(content); weight[-5] ^= 1
+    (tmp_path/"n").write_bytes(weight)
+    with pytest.raises(ModelError, match="n: damaged or edited.*SHA-256"): load_model(tmp_path/"n")
+
+
+def test_the_checksum_is_in_the_one_entry_and_does_not_depend_on_order(tmp_path):
+    net = awake(build("NAFNet", preset="tiny"))
+    save_model(tmp_path/"m", net, {**SPEC, "content_sha256": "of something else"})
+    text = header_of(tmp_path/"m")["__metadata__"]
+    spec = json.loads(text["irnb"])
+    assert list(text) == ["irnb"] and len(spec.pop("content_sha256")) == 64 and load_model(tmp_path/"m")[1] == spec
+    from safetensors.torch import save_file
+    save_file(dict(reversed(net.state_dict().items())), str(tmp_path/"n"), metadata=text)
+    assert load_model(tmp_path/"n")[1] == spec
+    save_file({**net.state_dict(), "intro.bias": net.intro.bias + 1e-3}, str(tmp_path/"n"), metadata=text)
+    with pytest.raises(ModelError, match="SHA-256"): load_model(tmp_path/"n")
+    written(tmp_path/"old", net)                                                       # without a checksum: as before
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in load_model(tmp_path/"old")[0].state_dict().items())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path/"m")
+    with pytest.raises(ModelError, match="m: cannot be read .not a regular file"): load_model(tmp_path/"m")
+
+
+def test_every_network_and_every_shipped_module_can_be_rehearsed(tmp_path):
+    from irnb.networks import networks
+    for name in networks():
+        spec = {"network": {"name": name, "options": {"preset": "tiny"}}}
+        save_model(tmp_path/"m", awake(build(name, preset="tiny")), spec)
+        assert load_model(tmp_path/"m")[1]["network"]["name"] == name
 
 
 @pytest.mark.parametrize("net, spec, message", [

@@ -1,9 +1,8 @@
-"""Every notebook runs from top to bottom, in under three minutes; library, README and notebooks are in sync."""
+"""Every notebook runs from top to bottom; library, README and notebooks are in sync."""
 import filecmp
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,25 +11,19 @@ import pytest
 from tests.notebooks import ROOT, execute, notebooks, readme
 
 
-def seconds(path):
-    start = time.perf_counter()
-    execute(path)
-    return time.perf_counter() - start
-
-
 @pytest.fixture(scope="module")
 def runs(request):
     "The chosen notebooks, two at a time on one thread each; every test waits for its own."
     chosen = [item.callspec.params["path"] for item in request.session.items if item.function.__name__ == "test_notebook_runs"]
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         patch.setenv("OMP_NUM_THREADS", "1")  # two kernels with two threads each would wait for one another
-        yield {path: pool.submit(seconds, path) for path in chosen}
+        yield {path: pool.submit(execute, path) for path in chosen}
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem if p.stem != "index" else f"{p.parent.name}-index")
 def test_notebook_runs(path, runs):
-    assert runs[path].result() < 180  # what "Run all" may take
+    assert runs[path].result().cells
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from irnb import pipeline
-from irnb.pipeline import ParameterError, arms, load_params, main, module_closure, pick_pictures, run_settings
+from irnb.pipeline import ParameterError, arms, load_params, main, pick_pictures, run_settings
+from irnb.training import imported_modules, module_closure
 from irnb.strategies.features import VGGFileError
 from tests.notebooks import ROOT
 
@@ -30,9 +31,10 @@ def sh(*command, cwd, check=True, **options):
     return done
 
 
-def repro(cwd):
-    start = time.perf_counter()
-    return sh("dvc", "repro", cwd=cwd).stdout, time.perf_counter() - start
+def repro(cwd, *arguments):
+    "The stages that ran, in order."
+    text = sh("dvc", "repro", *arguments, cwd=cwd).stdout
+    return [line.split("'")[1] for line in text.splitlines() if line.startswith("Running stage")]
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +84,58 @@ def test_repro_ends_with_table_figures_and_pictures(clone):
 
 
 @pytest.mark.slow
-def test_second_repro_does_nothing_in_under_five_seconds(clone):
+def test_second_repro_runs_no_stage(clone):
     before = outs(clone)
-    text, seconds = repro(clone)
-    assert "up to date" in text and "Running stage" not in text and seconds < 5
-    assert outs(clone) == before
+    assert repro(clone) == [] and outs(clone) == before
+
+
+@pytest.mark.slow
+def test_a_forced_report_keeps_what_it_did_not_write(clone):
+    "DVC empties the folder of an output before a stage, unless that is told to persist."
+    results = clone / "results" / "smoke"
+    (results / "means.csv").write_text("of a notebook")
+    (results / "restored" / "mine.png").write_bytes(b"of the user")
+    before = {p: p.read_bytes() for p in results.rglob("*") if p.is_file()}
+    assert repro(clone, "-f", "-s", "report") == ["report"]
+    after = {p: p.read_bytes() for p in results.rglob("*") if p.is_file()}
+    assert after == before and "means.csv" not in json.loads((results / "manifest.json").read_text())
+    (results / "means.csv").unlink(), (results / "restored" / "mine.png").unlink()
+    repro(clone, "-s", "report")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["..", "", "."])
+def test_no_experiment_name_loses_a_file(clone, name):
+    copy = clone / "params.smoke"
+    shutil.copy(clone / "params.yaml", copy)
+    change(clone / "params.yaml", experiment=name)
+    before = {p for p in clone.rglob("*") if p.is_file() and not {".dvc", ".git", "__pycache__"} & set(p.parts)}
+    try:
+        assert sh("dvc", "repro", cwd=clone, check=False).returncode != 0
+        assert {p for p in clone.rglob("*") if p.is_file() and not {".dvc", ".git", "__pycache__"} & set(p.parts)} >= before
+    finally:
+        copy.replace(clone / "params.yaml")
+
+
+@pytest.mark.slow
+def test_compare_tells_what_is_committed_from_what_is_not(clone):
+    results = clone / "results" / "smoke"
+    irnb = lambda *more: sh(sys.executable, "-m", "irnb.pipeline", "compare", *more, cwd=clone, check=False)
+    missing = irnb()
+    assert missing.returncode == 1 and "has no metrics.json to compare" in missing.stderr and "Traceback" not in missing.stderr
+    sh("git", "add", "-f", "results", cwd=clone)
+    sh("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "results", cwd=clone)
+    same = irnb()
+    assert same.returncode == 0 and "the same bytes" in same.stdout
+    metrics = json.loads((results / "metrics.json").read_text())
+    text = (results / "metrics.json").read_bytes()
+    for change_by, words, code in ((.05, "within the tolerance of 0.1 dB", 0), (.2, "differs", 1)):
+        metrics["denoise"]["supervised"]["psnr_unseen"] += change_by
+        (results / "metrics.json").write_text(json.dumps(metrics))
+        told = irnb()
+        assert told.returncode == code and words in told.stdout and "denoise, unseen: supervised differs most" in told.stdout
+    assert irnb("results/smoke").returncode == 0 and "the same bytes" in irnb("results/smoke").stdout
+    (results / "metrics.json").write_bytes(text)
 
 
 @pytest.mark.slow
@@ -155,8 +204,7 @@ def test_a_new_strategy_is_one_module_and_one_entry(clone):
     params["strategies"]["brighter"] = {"class": "irnb.strategies.Brighter", "options": {"low": .7}, "train": {"steps": 30}}
     params["run"]["strategies"].append("brighter")
     (clone / "params.yaml").write_text(yaml.safe_dump(params))
-    text, _ = repro(clone)
-    ran = [line.split("'")[1] for line in text.splitlines() if line.startswith("Running stage")]
+    ran = repro(clone)
     assert sorted(ran) == sorted(["sources", "starts", "report", *(f"{s}@denoise-brighter-{k}" for s in ("train", "evaluate") for k in (0, 1))])
     after = outs(clone)
     assert all(after[k] == v for k, v in before.items() if "supervised" in k or "synthetic" in k)
@@ -176,7 +224,7 @@ def stage_imports(function: str) -> set[str]:
         if name in seen or name not in functions:
             continue
         seen.add(name)
-        found |= pipeline.imported_modules(ast.unparse(functions[name]), "irnb.pipeline")
+        found |= imported_modules(ast.unparse(functions[name]), "irnb.pipeline")
         waiting += [n.id for n in ast.walk(functions[name]) if isinstance(n, ast.Name)]
     return found | {"irnb.pipeline"}
 
@@ -209,7 +257,7 @@ def test_a_forgotten_dependency_is_found():
 
 def test_imports_are_followed_through_functions_and_relative_forms():
     source = "from .images import show\ndef f():\n    from irnb import metrics\n    import irnb.data\n"
-    assert pipeline.imported_modules(source, "irnb.evaluation") == {"irnb.images", "irnb", "irnb.metrics", "irnb.data"}
+    assert imported_modules(source, "irnb.evaluation") == {"irnb.images", "irnb", "irnb.metrics", "irnb.data"}
     assert "irnb.metrics" in module_closure(["irnb.evaluation"])
 
 
@@ -221,7 +269,8 @@ def test_sources_change_with_the_strategy_and_not_with_its_neighbour(tmp_path, m
         (package / f"{name}.py").write_text(f"from irnb.strategies import Supervised\nclass {name.title()}(Supervised):\n    'x'\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     params = load_params(ROOT / "scales" / "smoke.yaml")
-    params["strategies"] = {name: {"class": f"mypackage.{name}.{name.title()}"} for name in ("one", "two")}
+    params |= {"plugins": ["mypackage"], "strategies": {name: {"class": f"mypackage.{name}.{name.title()}"} for name in ("one", "two")}}
+    params["run"] |= {"strategies": ["one", "two"], "more": {"tasks": [], "strategies": []}, "pretrain": {"tasks": [], "strategies": []}}
     pipeline.sources(params, tmp_path / "a")
     (package / "two.py").write_text((package / "two.py").read_text() + "\nX = 1\n")
     pipeline.sources(params, tmp_path / "b")
@@ -379,7 +428,7 @@ def test_unpaired_task_gets_real_patches_from_other_scenes(here):
         picture(here / "mine" / "train" / f"{i}.png", seed=i)
     picture(here / "mine" / "val" / "v.png", seed=8), picture(here / "mine" / "test" / "t.png", seed=9)
     corpus_params(here)
-    change(here / "params.yaml", run__tasks=["camera"])
+    change(here / "params.yaml", run__tasks=["camera"], run__strategies=["supervised"])
     assert main(["synthesize"]) == 0
     pairs, real = (PatchSet.open(here / "build/synthetic/camera" / name) for name in ("patches", "real"))
     assert not set(pairs.sources) & set(real.sources) and len(pairs.sources) == len(real.sources) == 2
@@ -390,7 +439,7 @@ def named_scenes(here, **corpus):
         picture(here / "mine" / "train" / f"s{i % 3}_{i}.png", seed=i)
     picture(here / "mine" / "val" / "v.png", seed=8), picture(here / "mine" / "test" / "t.png", seed=9)
     corpus_params(here, groups=r"train/(s\d)_", **corpus)
-    change(here / "params.yaml", run__tasks=["camera"])
+    change(here / "params.yaml", run__tasks=["camera"], run__strategies=["supervised"])
 
 
 def test_the_scenes_of_the_target_domain_can_be_named_and_are_taken_whole(here):
@@ -565,8 +614,9 @@ def test_pretrained_weights_of_another_network_are_refused(here, capsys):
 @pytest.mark.parametrize("start, words", [("nothing", "'nothing' on 'denoise' is not pre-trained"), ({"strategy": "before", "task": "sr4"}, "'before' on 'sr4' is not pre-trained"),
                                           ({"strategi": "before"}, "did you mean 'strategy'")])
 def test_wrong_starts_are_refused(here, capsys, start, words):
-    with_pretraining(here, start=start)
-    assert main(["train", *RUN, "after"]) == 1 and words in capsys.readouterr().err
+    with_pretraining(here)
+    change(here / "params.yaml", strategies=load_params()["strategies"] | {"after": {"class": "irnb.strategies.Supervised", "start": start}})
+    assert main(["synthesize"]) == 1 and words in capsys.readouterr().err
 
 
 def test_pretrained_weights_go_into_the_network_below_an_enlargement(here):
@@ -644,7 +694,7 @@ def test_own_noisy_pictures_of_any_size_and_depth_are_used_as_they_are(here, cap
     (lambda here: None, {"directory": "nowhere"}, "corpus.noisy: nowhere: is not a folder"),
     (lambda here: None, {"pictures": ["z*"]}, "corpus.noisy: night: 'z.' matches none of its"),
     (lambda here: shutil.copy(here / "mine/test/4.png", here / "night/c.png"), {}, "the noisy picture has the same content as test picture 'test/4'.*corpus.noisy.allow_shared"),
-    (lambda here: change(here / "params.yaml", run__pretrain={"tasks": ["jdd"], "strategies": []}), {}, "raw Bayer mosaics")],
+    (lambda here: change(here / "params.yaml", run__pretrain={"tasks": ["denoise", "jdd"], "strategies": ["before"]}), {}, "raw Bayer mosaics")],
     ids=["missing", "pattern", "shared", "raw"])
 def test_bad_noisy_folders_are_refused(here, capsys, prepare, noisy, words):
     noisy_folder(here, **noisy)
@@ -721,14 +771,279 @@ def test_pick_pictures():
         pick_pictures(names, ["c/*"], "test")
 
 
-def test_repository_without_commit_says_what_to_do(tmp_path, monkeypatch):
+def test_curves_in_a_repository_without_dvc_are_written_without_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     subprocess.run(["git", "init", "-q"], check=True)
+    log, close = pipeline._curves(tmp_path / "live")
+    for step in (3, 6):
+        log({"step": step, "task_loss": step / 10})
+    close()
+    assert not (tmp_path / ".dvc").exists() and not (tmp_path / ".dvcignore").exists()
+    assert (tmp_path / "live/plots/metrics/task_loss.tsv").read_text() == "step\ttask_loss\n3\t0.3\n6\t0.6\n"
+    assert json.loads((tmp_path / "live/metrics.json").read_text()) == {"step": 6, "task_loss": .6}
+
+
+def test_curves_under_dvc_are_the_same_files(tmp_path, monkeypatch):
+    pytest.importorskip("dvclive")
+    monkeypatch.chdir(tmp_path)
+    subprocess.run("git init -q && dvc init -q", shell=True, check=True)
     with pytest.raises(OSError, match=r"live: no curves .* git repository without a commit .* git commit"):
-        pipeline._dvclive(tmp_path / "live")
+        pipeline._curves(tmp_path / "live")
     assert not (tmp_path / "live").exists()
     subprocess.run("git -c user.name=a -c user.email=a@b commit -q --allow-empty -m start", shell=True, check=True)
-    log, close = pipeline._dvclive(tmp_path / "live")
-    log({"step": 3, "task_loss": 0.5})
-    close()
-    assert "0.5" in (tmp_path / "live" / "plots" / "metrics" / "task_loss.tsv").read_text()
+    for folder, (log, close) in {"live": pipeline._curves(tmp_path / "live"), "plain": pipeline._plain_curves(tmp_path / "plain")}.items():
+        for step in (3, 6):
+            log({"step": step, "task_loss": step / 10, "grad_norm": 1 / 3})
+        close()
+    read = lambda folder: {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.tsv")}
+    assert read(tmp_path / "live") == read(tmp_path / "plain") and len(read(tmp_path / "live")) == 2
+
+
+def test_training_without_dvclive_needs_no_dvclive(here, monkeypatch):
+    with_pretraining(here)
+    (here / ".dvc").mkdir()
+    find = pipeline.importlib.util.find_spec
+    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name, *a: None if name == "dvclive" else find(name, *a))
+    assert main(["pretrain", *RUN, "before"]) == 0
+    assert "step\ttask_loss" in (here / "build/pretrained/denoise/before-0/live/plots/metrics/task_loss.tsv").read_text()
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(here, capsys):
+    with_pretraining(here)
+    holder = ("import sys\nfrom irnb.training import run_lock\nwith run_lock('build/checkpoints/pretrained-denoise-before-0.pt'):\n"
+              "    print('held', flush=True)\n    sys.stdin.read()\n")
+    with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}) as other:
+        assert other.stdout.readline() == "held\n"
+        capsys.readouterr()
+        assert main(["pretrain", *RUN, "before"]) == 1
+        assert f"process {other.pid}" in capsys.readouterr().err and not (here / "build/pretrained/denoise/before-0").exists()
+        other.stdin.close()
+    assert main(["pretrain", *RUN, "before"]) == 0
+    curve = (here / "build/pretrained/denoise/before-0/live/plots/metrics/task_loss.tsv").read_text()
+    assert len(curve.splitlines()) == 1 + 2   # a row per log point, none twice
+
+
+def test_a_full_disk_is_told_with_the_folder(here, monkeypatch, capsys):
+    with_pretraining(here)
+    full = lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    monkeypatch.setattr(pipeline, "_plain_curves", lambda folder: (full, lambda: None))
+    assert main(["pretrain", *RUN, "before"]) == 1 and "before-0/live: cannot be written (No space left on device)" in capsys.readouterr().err
+    monkeypatch.setattr(pipeline, "synthesize", full)
+    assert main(["synthesize"]) == 1 and f"{here}: no space left on device" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the results folder
+
+@pytest.fixture
+def reported(here, monkeypatch):
+    "A folder of results without a manifest, and a report of two files."
+    results = here / "results" / "smoke"
+    results.mkdir(parents=True)
+    for name in ("means.csv", "psnr-0.csv", "table.csv"):
+        (results / name).write_text(f"committed {name}")
+    monkeypatch.setattr(pipeline, "_write_report", lambda params, out: [(out / name).write_text("new") for name in ("table.csv", "summary.md")])
+    return results
+
+
+def test_a_report_removes_nothing_that_it_did_not_write(reported, monkeypatch):
+    assert main(["report"]) == 0
+    read = lambda: {p.name: p.read_text() for p in reported.iterdir() if p.name != "manifest.json"}
+    assert read() == {"means.csv": "committed means.csv", "psnr-0.csv": "committed psnr-0.csv", "table.csv": "new", "summary.md": "new"}
+    assert set(json.loads((reported / "manifest.json").read_text())) == {"table.csv", "summary.md"}
+    monkeypatch.setattr(pipeline, "_write_report", lambda params, out: (out / "summary.md").write_text("newer"))
+    assert main(["report"]) == 0
+    assert read() == {"means.csv": "committed means.csv", "psnr-0.csv": "committed psnr-0.csv", "summary.md": "newer"}
+
+
+def test_a_file_of_the_report_that_was_edited_since_stays(reported, monkeypatch):
+    assert main(["report"]) == 0
+    (reported / "table.csv").write_text("edited by hand")
+    monkeypatch.setattr(pipeline, "_write_report", lambda params, out: (out / "summary.md").write_text("newer"))
+    assert main(["report"]) == 0 and (reported / "table.csv").read_text() == "edited by hand"
+
+
+def test_a_manifest_that_leads_out_of_the_folder_removes_nothing(reported, here):
+    import hashlib
+    (here / "precious").write_text("x")
+    (reported / "manifest.json").write_text(json.dumps({"../../precious": hashlib.sha256(b"x").hexdigest(), "means.csv": 3}))
+    assert main(["report"]) == 0 and (here / "precious").exists() and (reported / "means.csv").exists()
+    (reported / "manifest.json").write_text("[broken")
+    assert main(["report"]) == 0 and (reported / "means.csv").exists()
+
+
+@pytest.mark.parametrize("obstacle", ["a folder", "a linked folder", "a file"])
+def test_what_stands_in_the_way_of_a_report_stays(reported, here, monkeypatch, capsys, obstacle):
+    if obstacle == "a folder":
+        (reported / "summary.md").mkdir()
+    elif obstacle == "a linked folder":
+        (here / "elsewhere").mkdir()
+        (reported / "restored").symlink_to(here / "elsewhere")
+        monkeypatch.setattr(pipeline, "_write_report", lambda params, out: [(out / "restored").mkdir(), (out / "restored" / "a.png").write_text("new")])
+    else:
+        shutil.rmtree(reported)
+        reported.write_text("a file")
+    before = sorted(p for p in (here / "results").rglob("*"))
+    assert main(["report"]) == 1 and "move it away" in capsys.readouterr().err
+    assert sorted(p for p in (here / "results").rglob("*")) == before and not list(here.glob("elsewhere/*"))
+
+
+def tree(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_report_without_runs_touches_nothing(here, capsys):
+    (here / "results/smoke/restored").mkdir(parents=True)
+    for name in ("summary.md", "table.csv", "means.csv", "restored/a.png"):
+        (here / "results/smoke" / name).write_text("committed")
+    before = tree(here)
+    assert main(["report"]) == 1 and "untrained.csv" in capsys.readouterr().err
+    assert tree(here) == before and [p.name for p in (here / "results").iterdir()] == ["smoke"]
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/tmp", "-x", "a b", "a\nb", "results\u202e", None, 3, "x" * 101])
+def test_an_experiment_is_a_name_and_no_path(here, capsys, name):
+    (here / "results").mkdir()
+    (here / "results" / "summary.md").write_text("committed")
+    change(here / "params.yaml", experiment=name)
+    before = tree(here)
+    for command in ("report", "results", "synthesize"):
+        assert main([command]) == 1
+        error = capsys.readouterr().err
+        assert "params.yaml: experiment must be a name" in error and error.count("\n") == 1
+    with pytest.raises(ParameterError, match="experiment"):
+        pipeline.report(load_params(ROOT / "scales/smoke.yaml") | {"experiment": name})
+    assert tree(here) == before
+
+
+def test_a_failing_report_leaves_the_earlier_one(reported, here, monkeypatch):
+    assert main(["report"]) == 0
+    before = tree(here)
+
+    def fail(params, out):
+        (out / "summary.md").write_text("half")
+        raise MemoryError
+    monkeypatch.setattr(pipeline, "_write_report", fail)
+    assert main(["report"]) == 1 and tree(here) == before
+
+
+def test_a_killed_report_forgets_no_file(reported, monkeypatch):
+    "Killed while its files are put in place, it leaves a manifest with the names of both reports."
+    class Kill(BaseException):
+        pass
+    assert main(["report"]) == 0
+    monkeypatch.setattr(pipeline, "_write_report", lambda params, out: (out / "other.md").write_text("newer"))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(Kill) if str(b).endswith("other.md") else replace(a, b))
+    with pytest.raises(Kill):
+        main(["report"])
+    monkeypatch.setattr(os, "replace", replace)
+    assert set(json.loads((reported / "manifest.json").read_text())) == {"other.md", "summary.md", "table.csv"}
+    assert main(["report"]) == 0 and {p.name for p in reported.iterdir()} == {"means.csv", "psnr-0.csv", "other.md", "manifest.json"}
+
+
+# ---------------------------------------------------------------- what runs, and how it is told
+
+@pytest.mark.parametrize("dotted", ["os.system", "subprocess.Popen", "payload.Evil", "irnb.images.os", "irnb.metrics.psnr", "irnb.networks.NAFNet", "irnb.strategies.Strategy",
+                                    "irnbevil.X", "Supervised", "", "...", "irnb.strategies.strategy"])
+def test_a_class_is_a_strategy_and_nothing_else_is_imported(here, monkeypatch, capsys, dotted):
+    (here / "payload.py").write_text("open('ran', 'w')\nclass Evil:\n    pass\n")
+    monkeypatch.syspath_prepend(str(here))
+    monkeypatch.setattr(os, "system", lambda *a: pytest.fail("os.system was called"))
+    change(here / "params.yaml", strategies__supervised={"class": dotted})
+    assert main(["sources"]) == 1
+    assert "params.yaml: strategies.supervised.class" in capsys.readouterr().err and not (here / "ran").exists()
+    if dotted == "payload.Evil":  # allowed by name, it is imported, and still no strategy
+        change(here / "params.yaml", plugins=["payload"])
+        assert main(["sources"]) == 1 and "is no strategy" in capsys.readouterr().err and (here / "ran").exists()
+
+
+def test_a_network_of_another_module_needs_a_plugin_too(here, monkeypatch, capsys):
+    (here / "mynets").mkdir()
+    (here / "mynets" / "__init__.py").write_text("")
+    (here / "mynets" / "nets.py").write_text("open('ran', 'w')\nfrom irnb.networks import NAFNet as Mine\n")
+    monkeypatch.syspath_prepend(str(here))
+    change(here / "params.yaml", network={"name": "mynets.nets.Mine", "width": 4})
+    assert main(["sources"]) == 1 and "plugins: [mynets.nets]" in capsys.readouterr().err and not (here / "ran").exists()
+    change(here / "params.yaml", plugins=["mynets"])
+    assert main(["sources"]) == 0 and (here / "ran").exists()
+
+
+@pytest.mark.parametrize("text, words", [("a: 1\na: 2\n", "the name 'a' is given twice"), ("a: &x [*x]\n", "inside what it names"), ("a: [" * 2000, "not valid YAML"),
+                                         ("a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(f"{n}: &{n} [{','.join([f'*{m}'] * 10)}]\n" for m, n in zip("abcdefgh", "bcdefghi")), "more than 100000 values"),
+                                         ("a: \x07\n", "not valid YAML"), ("{[a]: 1}", "must be|not valid YAML|unknown"), ("a: !!python/object/apply:os.system [ls]\n", "not valid YAML")])
+def test_traps_of_yaml_are_refused(here, capsys, text, words):
+    (here / "x.yaml").write_text(text)
+    assert main(["report", "--params", "x.yaml"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(words, error) and "x.yaml" in error and error.count("\n") == 1 and len(error) < 500
+
+
+def test_a_parameter_file_that_is_no_text(here, capsys):
+    (here / "x.yaml").write_bytes(b"\xff\xfe\x00")
+    for path in ("x.yaml", "."):
+        assert main(["report", "--params", path]) == 1 and f"{path}: " in capsys.readouterr().err
+
+
+def test_names_reach_the_terminal_as_escapes(here, capsys):
+    assert main(["report", "--params", "no\n\x1b[31m.yaml"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "\x1b" not in error and "no\\n\\x1b[31m.yaml: not found" in error
+
+
+@pytest.mark.parametrize("error, words", [(MemoryError(), "out of memory; lower train.batch"), (RuntimeError("CUDA out of memory. Tried\nto allocate"), "out of memory; lower"),
+                                          (KeyError("x"), "KeyError: 'x' .unexpected; --debug"), (RuntimeError("a\nb"), "RuntimeError: a b .unexpected"), (RecursionError("deep"), "RecursionError: deep")])
+def test_every_error_is_one_sentence_and_debug_adds_the_traceback(here, monkeypatch, capsys, error, words):
+    def fail(params):
+        raise error
+    monkeypatch.setattr(pipeline, "synthesize", fail)
+    assert main(["synthesize"]) == 1
+    text = capsys.readouterr().err
+    assert re.search(words, text) and text.count("\n") == 1
+    for arguments in (["synthesize", "--debug"], ["--debug", "synthesize"]):
+        with pytest.raises(type(error)):
+            main(arguments)
+    monkeypatch.setenv("IRNB_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        main(["synthesize"])
+
+
+def test_a_reader_that_has_gone_is_no_error(here):
+    (here / "results/smoke").mkdir(parents=True)
+    (here / "results/smoke/summary.md").write_text("a line\n" * 100_000)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = f"{sys.executable} -m irnb.pipeline results | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=here, env=environment, capture_output=True, text=True)
+    assert done.stdout == "a line\n0\n" and done.stderr == ""
+
+
+def test_wrong_options_show_before_anything_is_trained(here, capsys):
+    for entry, words in (({"options": {"losss": "l1"}}, "strategies.supervised.options.*losss.*did you mean 'loss'"), ({"options": {"loss": 3}}, "options.loss must be str"),
+                         ({"network": {"name": "NAFNet", "width": "4"}}, "strategies.supervised.network.width must be int"), ({"network": {"name": "NAFNet", "width": 10**6}}, "at most 4096"),
+                         ({"train": {"lr": "1e-3"}}, "strategies.supervised.train.lr must be float.*write.*1.0e-3"), ({"train": {"steps": True}}, "train.steps must be int"), ({"options": None, "train": []}, "train must be a mapping")):
+        change(here / "params.yaml", strategies__supervised={"class": "irnb.strategies.Supervised", **entry})
+        assert main(["synthesize"]) == 1
+        assert re.search(words, capsys.readouterr().err)
+    for entry, words in (({"options": {"loss": "l7"}}, "strategies.supervised.options: .*l7"), ({"network": {"name": "NAFNet", "width": -4}}, "strategies.supervised.network"),
+                         ({"network": {"name": "NAFNet", "width": 0}}, "strategies.supervised.network"), ({"network": {"name": "UNet", "width": 4096, "depth": 6}}, "weights, more than")):
+        change(here / "params.yaml", strategies__supervised={"class": "irnb.strategies.Supervised", **entry})
+        assert main(["sources"]) == 1
+        error = capsys.readouterr().err
+        assert re.search(words, error) and "params.yaml" in error and not (here / "build/sources").exists()
+
+
+def test_compare_before_there_is_anything(here, capsys):
+    assert main(["compare"]) == 1 and "has no metrics.json to compare" in capsys.readouterr().err
+    (here / "results/smoke").mkdir(parents=True)
+    (here / "results/smoke/metrics.json").write_text("{}")
+    assert main(["compare"]) == 1 and "the last commit of results/smoke: has no metrics.json" in capsys.readouterr().err
+    assert main(["compare", "elsewhere"]) == 1 and "elsewhere: has no metrics.json" in capsys.readouterr().err
+
+
+def test_compare_counts_a_missing_strategy_as_a_difference(here, capsys):
+    row = {"supervised": {"psnr_seen": 30.0, "psnr_unseen": 20.0}}
+    for folder, metrics in (("results/smoke", {"denoise": row}), ("other", {"denoise": row | {"dil_sf": {"psnr_seen": 30.0}}})):
+        (here / folder).mkdir(parents=True)
+        (here / folder / "metrics.json").write_text(json.dumps(metrics))
+    assert main(["compare", "other"]) == 1
+    out = capsys.readouterr().out
+    assert "denoise, seen: dil_sf is in one of them only" in out and "denoise, unseen: supervised and all others are equal" in out and "differs" in out

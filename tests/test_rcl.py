@@ -488,7 +488,7 @@ def test_bad_input(call, message):
 @pytest.mark.parametrize("options", [{}, {"center": True, "overlap": True, "crop": 16, "w_excess": 3}, {"w_contrast": 0}], ids=str)
 def test_contract(options):
     batches = [noisy_batch(i, batch=6) for i in range(6)]
-    assert len(contract(lambda net: RCL(net, **options), batches=batches, options=options, processes=False)) == 20
+    assert len(contract(lambda net: RCL(net, **options), batches=batches, options=options, processes=False)) == 22
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import irnb.images as images
 from irnb.images import pad_to_multiple, read_array, rgb_to_gray, write_array
 from irnb.networks import build, load_model, save_model
 from irnb.restore import RestoreError, main, restore_files
+from tests.notebooks import ROOT
 
 TINY = {"network": {"name": "NAFNet", "options": {"preset": "tiny", "width": 8}}}
 GREY = {"network": {"name": "NAFNet", "options": {"preset": "tiny", "width": 8, "img_channel": 1}}}
@@ -115,9 +116,9 @@ def test_sizes_from_one_pixel_up(tmp_path, model):
 def test_enlarging_networks(tmp_path):
     spec = {"network": {"name": "tests.test_restore.Enlarge"}}
     saved(tmp_path / "m", spec)
-    net, _ = load_model(tmp_path / "m")
+    net, _ = load_model(tmp_path / "m", trust=True)
     write_array(tmp_path / "a.png", np.concatenate([PHOTO, ALPHA], 2))
-    (result,) = restore_files([tmp_path / "a.png"], tmp_path / "out", tmp_path / "m", tile=64, progress=False)
+    (result,) = restore_files([tmp_path / "a.png"], tmp_path / "out", tmp_path / "m", tile=64, trust=True, progress=False)
     assert result.error is None
     back, _ = read_array(result.target)
     with torch.no_grad():
@@ -200,6 +201,86 @@ def test_existing_results_need_overwrite(tmp_path, model):
     assert result.error is None and read_array(tmp_path / "out/a.png")[0].shape == (40, 40, 3)
 
 
+@pytest.mark.parametrize("where", ["sub", "sub/deeper"])
+@pytest.mark.parametrize("leads", ["to a folder", "nowhere", "to itself", "back into the results"])
+def test_results_do_not_leave_the_output_folder_through_a_link(tmp_path, model, where, leads):
+    for name in ("in/sub/deeper/a.png", "foreign/a.png", "foreign/deeper/a.png", "out/mine/a.png", "out/mine/deeper/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_array(tmp_path / name, PHOTO[:40, :40] if name.startswith("in") else PHOTO[40:60, :20])
+    write_array(tmp_path / "in/b.png", PHOTO[:40, :40])
+    (tmp_path / "out" / where).parent.mkdir(exist_ok=True)
+    to = {"to a folder": "foreign", "nowhere": "none", "to itself": f"out/{where}", "back into the results": "out/mine"}[leads]
+    os.symlink(tmp_path / to, tmp_path / "out" / where)
+    before = snapshot(tmp_path)
+    first, second = restore_files([tmp_path / "in"], tmp_path / "out", model, overwrite=True, progress=False)
+    assert first.error is None and str(tmp_path / "out/sub/deeper/a.png") in second.error and "link" in second.error
+    (tmp_path / "out/b.png").unlink()
+    assert snapshot(tmp_path) == before and not (tmp_path / "none").exists()
+
+
+def test_a_link_in_place_of_a_result_is_replaced_not_followed(tmp_path, model):
+    write_array(tmp_path / "a.png", PHOTO[:40, :40])
+    (tmp_path / "foreign.png").write_bytes(b"foreign")
+    (tmp_path / "out").mkdir()
+    os.symlink(tmp_path / "foreign.png", tmp_path / "out/a.png")
+    for how in ({}, dict(skip_existing=True)):      # a link is not what an earlier run left
+        (result,) = restore_files([tmp_path / "a.png"], tmp_path / "out", model, progress=False, **how)
+        assert "exists already" in result.error
+    (result,) = restore_files([tmp_path / "a.png"], tmp_path / "out", model, progress=False, overwrite=True)
+    assert result.error is None and (tmp_path / "foreign.png").read_bytes() == b"foreign"
+
+
+def test_links_that_point_at_each_other_do_not_stop_the_run(tmp_path, model, capsys):
+    (tmp_path / "in/sub").mkdir(parents=True)
+    for one, other in (("a.png", "b.png"), ("b.png", "a.png"), ("self.png", "self.png"), ("sub/up", "..")):
+        os.symlink(other, tmp_path / "in" / one)
+    write_array(tmp_path / "in/sub/z.png", PHOTO[:40, :40])
+    code = main([str(tmp_path / "in"), str(tmp_path / "in/self.png"), "-o", str(tmp_path / "out"), "--model", str(model)])
+    said = capsys.readouterr()
+    assert code == 1 and "restored 1 of 4 pictures" in said.out and len(said.err.splitlines()) == 3
+    assert all(any(name in line for line in said.err.splitlines()) for name in ("a.png", "b.png", "self.png"))
+    os.symlink("round", tmp_path / "round")
+    with pytest.raises(RestoreError, match="round: is a link that leads nowhere"):
+        restore_files([tmp_path / "in"], tmp_path / "round", model, progress=False)
+
+
+def test_an_interrupted_folder_goes_on(tmp_path, model, monkeypatch, capsys):
+    for name in "abc":
+        write_array(tmp_path / f"{name}.png", PHOTO[:40, :40])
+    import irnb.restore as restore
+    real, arguments = restore._restore_file, [str(tmp_path), "-o", str(tmp_path / "out"), "--model", str(model)]
+
+    def stop(opened, job, *rest):
+        if job.source.name == "c.png":
+            raise KeyboardInterrupt
+        real(opened, job, *rest)
+    monkeypatch.setattr(restore, "_restore_file", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments)
+    monkeypatch.setattr(restore, "_restore_file", real)
+    before = snapshot(tmp_path)
+    capsys.readouterr()
+    assert main([*arguments, "--skip-existing"]) == 0
+    assert "restored 1 of 3 pictures" in (said := capsys.readouterr()).out and "already there: 2" in said.out and not said.err
+    after = snapshot(tmp_path)
+    assert after.pop(tmp_path / "out/c.png") == before[tmp_path / "out/a.png"] and after == before
+    results = restore_files([tmp_path], tmp_path / "out", model, skip_existing=True, progress=False)
+    assert [(r.error, r.skipped) for r in results] == [(None, True)] * 3
+    assert main([*arguments, "--skip-existing"]) == 0 and "restored 0 of 3 pictures" in capsys.readouterr().out
+
+
+def test_skipping_keeps_to_what_is_finished_and_is_no_input(tmp_path, model):
+    write_array(tmp_path / "a.png", PHOTO[:40, :40])
+    (result,) = restore_files([tmp_path / "a.png"], tmp_path, model, skip_existing=True, progress=False)
+    assert "is one of the inputs" in result.error and not result.skipped
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.png").touch()
+    (result,) = restore_files([tmp_path / "a.png"], tmp_path / "out", model, skip_existing=True, progress=False)
+    assert "exists already" in result.error and not result.skipped
+    with pytest.raises(RestoreError, match="overwrite and skip_existing"):
+        restore_files([tmp_path / "a.png"], tmp_path / "out", model, skip_existing=True, overwrite=True, progress=False)
+
+
 def test_the_same_picture_twice_is_restored_once(tmp_path, model):
     write_array(tmp_path / "a.png", PHOTO[:40, :40])
     assert len(restore_files([tmp_path, tmp_path / "a.png"], tmp_path / "out", model, progress=False)) == 1
@@ -250,6 +331,17 @@ def test_a_full_disk(tmp_path, model, monkeypatch, capsys, call):
     assert os.listdir(tmp_path / "out") == ["a.png"] and (tmp_path / "out/a.png").read_bytes() == b"old"
 
 
+def test_a_full_disk_without_a_folder_names_the_picture(tmp_path, model, monkeypatch, capsys):
+    write_array(tmp_path / "a.png", PHOTO[:40, :40])
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+    monkeypatch.setattr(os, "mkdir", full)
+    code = main([str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--model", str(model)])
+    (said,) = capsys.readouterr().err.splitlines()
+    assert code == 1 and str(tmp_path / "out/a.png") in said and "No space left" in said and "free space" in said
+
+
 def test_out_of_memory_names_the_remedy(tmp_path, model, monkeypatch):
     write_array(tmp_path / "a.png", PHOTO[:40, :40])
 
@@ -294,7 +386,7 @@ def test_unusable_models(tmp_path, model, monkeypatch, capsys, name):
     bad_models(tmp_path, model)
     write_array(tmp_path / "a.png", PHOTO[:40, :40])
     before = snapshot(tmp_path)
-    code = main([str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--model", str(tmp_path / name)])
+    code = main([str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--model", str(tmp_path / name), "--trust"])
     said = capsys.readouterr().err
     assert code == 2 and str(tmp_path / name) in said and ";" in said and "Traceback" not in said
     assert snapshot(tmp_path) == before and not (tmp_path / "out").exists() and not (tmp_path / "owned").exists()
@@ -308,6 +400,48 @@ def test_unusable_settings(tmp_path, model, capsys, options, words):
     write_array(tmp_path / "a.png", PHOTO[:40, :40])
     code = main([str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--model", str(model), *options])
     assert code == 2 and words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("which", ["an input", "outdir", "model"])
+def test_an_empty_name_is_not_the_current_folder(tmp_path, model, monkeypatch, capsys, which):
+    monkeypatch.chdir(tmp_path)
+    write_array(tmp_path / "a.png", PHOTO[:40, :40])
+    before = snapshot(tmp_path)
+    given = {"an input": "a.png", "outdir": "out", "model": str(model), which: ""}
+    assert main([given["an input"], "-o", given["outdir"], "--model", given["model"]]) == 2
+    said = capsys.readouterr()
+    assert f"{which} is empty" in said.err and not said.out and snapshot(tmp_path) == before
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+ODD = ["line\nbreak", "back\rwards", "esc\x1b[31mred", "bell\x07", "c1\x9b31m", os.fsdecode(b"latin-\xe9"), "tab\t"]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=ascii)
+@pytest.mark.parametrize("fate", ["restored", "refused", "noted"])
+def test_odd_names_are_restored_and_printed_as_escapes(tmp_path, model, capsys, odd, fate):
+    (tmp_path / odd).mkdir()
+    picture = tmp_path / odd / f"{odd}.png"
+    write_array(picture, PHOTO if fate == "noted" else PHOTO[:40, :40])
+    if fate == "refused":
+        os.truncate(picture, 100)
+    code = main([str(picture), "-o", str(tmp_path / f"out {odd}"), "--model", str(model),
+                 *(["--tile", "64", "--overlap", "0"] if fate == "noted" else [])])
+    said = capsys.readouterr()
+    assert code == (fate == "refused") and (tmp_path / f"out {odd}" / picture.name).is_file() == (fate != "refused")
+    assert all(c.isprintable() for text in said for c in text.replace("\n", ""))
+    assert images.printable(tmp_path / f"out {odd}") in said.out and said.out.count("\n") == 1
+    assert images.printable(picture) in said.err and "; " in said.err if fate != "restored" else not said.err
+    assert said.err.count("\n") == (fate != "restored")
+
+
+def test_a_terminal_that_cannot_show_a_name_does_not_fail_the_run(tmp_path, model):
+    picture, out = tmp_path / "m\xfcde.png", tmp_path / os.fsdecode(b"\xff")
+    write_array(picture, PHOTO[:40, :40])
+    done = subprocess.run([sys.executable, "-m", "irnb.restore", picture, "-o", out, "--model", model], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+    assert done.returncode == 0 and rb"\udcff" in done.stdout and done.stderr == b"" and (out / picture.name).is_file()
 
 
 def test_an_output_folder_that_is_a_file_or_no_inputs(tmp_path, model):
@@ -361,3 +495,20 @@ def test_importing_and_help_do_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     done = subprocess.run([sys.executable, "-m", "irnb.restore", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--model FILE" in done.stdout
+
+
+def test_a_class_of_another_package_needs_trust(tmp_path):
+    (tmp_path / "mine.py").write_text("import torch\nfrom torch import nn\nopen('it ran', 'w').close()\n\n\n"
+                                      "class Half(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+                                      "        self.scale = nn.Parameter(torch.tensor(.5))\n    def forward(self, x): return self.scale * x\n")
+    make = "import mine\nfrom irnb.networks import save_model\nsave_model('m', mine.Half(), {'network': {'name': 'mine.Half', 'options': {}}})\n"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    subprocess.run([sys.executable, "-c", make], cwd=tmp_path, env=environment, check=True)
+    (tmp_path / "it ran").unlink()
+    write_array(tmp_path / "a.png", PHOTO)
+    command = [sys.executable, "-m", "irnb.restore", "a.png", "-o", "out", "--model", "m", "--device", "cpu"]
+    refused = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and "--trust" in refused.stderr and not (tmp_path / "it ran").exists()
+    done = subprocess.run([*command, "--trust"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert np.abs(read_array(tmp_path / "out" / "a.png")[0] - PHOTO / 2).max() <= 1

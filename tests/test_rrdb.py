@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from irnb.networks import build, count_parameters, load_model, networks, receptive_radius, save_model
+from irnb.networks import ModelError, build, count_parameters, load_model, networks, receptive_radius, save_model
 from irnb.networks.rrdb import RRDB, DenseBlock, RRDBBlock
 from tests.nets import awake
 
@@ -125,6 +125,91 @@ def test_zero_weights_give_the_last_bias_or_the_image():
         net.conv_last.bias.copy_(torch.tensor([0.1, 0.2, 0.3]))
         x = torch.rand(1, 3, 4, 5)
         torch.testing.assert_close(net(x), x * skip + torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1).expand_as(x))
+
+
+# --- upsampling
+
+def upsampled(x, net, fold):
+    "The enlarging network by hand: folding, trunk, two steps of repeated pixels and a convolution, the end."
+    b, c, h, w = x.shape
+    f = x.view(b, c, h // fold, fold, w // fold, fold).permute(0, 1, 3, 5, 2, 4).reshape(b, c * fold**2, h // fold, w // fold)
+    first = f = slow_conv(f, net.conv_first)
+    for block in net.body: f = f + 0.2 * slow_dense(slow_dense(slow_dense(f, block.rdb1), block.rdb2), block.rdb3)
+    t = first + slow_conv(f, net.conv_body)
+    for conv in (net.conv_up1, net.conv_up2): t = lrelu(slow_conv(t.repeat_interleave(2, 2).repeat_interleave(2, 3), conv))
+    return slow_conv(lrelu(slow_conv(t, net.conv_hr)), net.conv_last)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale, fold", [(4, 1), (2, 2), (1, 4)])
+def test_upsampling_equals_a_slow_reference(scale, fold):
+    net = awake(RRDB(3, 3, 4, 2, 3, scale=scale).double())
+    x = torch.randn(2, 3, 8, 12, dtype=F64)
+    y = net(x)
+    assert y.shape == (2, 3, 8 * scale, 12 * scale) and net.multiple == fold
+    torch.testing.assert_close(y, upsampled(x, net, fold), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale, fold", [(4, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 3), (9, 10)])
+def test_upsampling_of_any_size(scale, fold, size):
+    "A picture that the squares do not fill is continued by its last row and column, and the result cut."
+    net = awake(RRDB(num_feat=4, num_block=1, growth=2, scale=scale).double())
+    x = torch.rand(1, 3, *size, dtype=F64)
+    rows, columns = (torch.arange(-(-n // fold) * fold).clamp(max=n - 1) for n in size)
+    full = upsampled(x[..., rows, :][..., columns], net, fold)
+    torch.testing.assert_close(net(x), full[..., :size[0] * scale, :size[1] * scale], rtol=0, atol=1e-10)
+
+
+def official(num_block, inputs, c=6, g=4):
+    "Names and shapes of an enlarging file as published: `inputs` channels after folding."
+    convs = {"conv_first": (c, inputs), **{f"body.{i}.rdb{r}.conv{k + 1}": (g if k < 4 else c, c + k * g) for i in range(num_block) for r in (1, 2, 3) for k in range(5)},
+             "conv_body": (c, c), "conv_up1": (c, c), "conv_up2": (c, c), "conv_hr": (c, c), "conv_last": (3, c)}
+    draw = torch.Generator().manual_seed(0)
+    return {f"{k}.{end}": 0.1 * torch.randn(*(shape + (3, 3) if end == "weight" else shape[:1]), generator=draw) for k, shape in convs.items() for end in ("weight", "bias")}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("section", [None, "params", "params_ema"])
+@pytest.mark.parametrize("num_block, inputs, scale", [(3, 3, 4), (1, 3, 4), (2, 12, 2), (2, 48, 1)])
+def test_published_layouts_enlarge(tmp_path, num_block, inputs, scale, section):
+    "The layout of RealESRGAN_x4plus (23 blocks) and its 6-block sibling, of x2 and of x1: no tensor is left aside."
+    state = official(num_block, inputs)
+    torch.save(state if section is None else {section: state}, tmp_path / "x.pth")
+    net, spec = load_model(tmp_path / "x.pth")
+    assert spec["network"]["name"] == "RRDB" and spec["network"]["options"]["scale"] == scale
+    assert set(net.state_dict()) == set(state) and all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    x = torch.rand(1, 3, 8, 4)
+    y = net(x)
+    assert y.shape == (1, 3, 8 * scale, 4 * scale)
+    torch.testing.assert_close(y, upsampled(x, net, net.fold), rtol=0, atol=1e-5)
+    save_model(tmp_path / "ours", net, spec)
+    assert torch.equal(load_model(tmp_path / "ours")[0](x), y)
+
+
+@pytest.mark.parametrize("change", [lambda s: s.pop("conv_up2.weight"), lambda s: s.pop("conv_up1.weight"), lambda s: s.pop("conv_up1.bias"),
+                                    lambda s: s.update({"conv_up3.weight": torch.zeros(6, 6, 3, 3)}), lambda s: s.update({"conv_first.weight": torch.zeros(6, 5, 3, 3)})])
+def test_half_of_the_upsampling_is_refused(tmp_path, change):
+    state = official(1, 3)
+    change(state)
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ModelError, match="x.pth"): load_model(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("scale", [0, 3, 8, -4, 2.0, True, "4"])
+def test_bad_scales(scale):
+    with pytest.raises(ValueError, match="RRDB: scale must be 1, 2, 4 or None"): RRDB(num_feat=4, num_block=1, growth=2, scale=scale)
+
+
+def test_image_skip_needs_the_same_size():
+    x = torch.rand(1, 3, 5, 6)
+    net = RRDB(num_feat=4, num_block=1, growth=2, image_skip=True, scale=1)
+    y = net(x)
+    net.image_skip = False
+    assert torch.equal(y, net(x) + x)
+    for scale in (2, 4):
+        with pytest.raises(ValueError, match="image_skip=True needs a result of the image's size"): RRDB(image_skip=True, scale=scale)
 
 
 # --- reach

@@ -48,7 +48,7 @@ class Recorder(nn.Module):
 
 @pytest.mark.parametrize("name", ALL)
 def test_contract(name):
-    assert len(contract(ALL[name], batches=[two_views(i) for i in range(6)], nets=[ToyNet], options={}, processes=False)) == 10
+    assert len(contract(ALL[name], batches=[two_views(i) for i in range(6)], nets=[ToyNet], options={}, processes=False)) == 11
 
 
 @pytest.mark.parametrize("name", ["n2s", "nb2nb", "simclr"])

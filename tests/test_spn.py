@@ -493,7 +493,7 @@ def test_contract_on_nafnet_and_without_negatives():
 
 def reference_run(batches, intervals, decays, lam, against="history"):
     "The released algorithm in plain steps, written independently: lists, deep copies, autograd."
-    net, trunk, weights = ToyNet(), RandomTrunk(), (.2, .3, .5)
+    net, trunk, weights = ToyNet().double(), RandomTrunk().double(), (.2, .3, .5)
     past = [copy.deepcopy(net) for _ in intervals]
     opt = torch.optim.AdamW(net.parameters(), lr=2e-3)
     for t, batch in enumerate(batches, 1):
@@ -512,14 +512,14 @@ def reference_run(batches, intervals, decays, lam, against="history"):
 
 
 def test_ten_steps_equal_the_algorithm_written_by_hand():
-    batches = [toy_batch(seed=i) for i in range(10)]
+    batches = [{key: x.double() for key, x in toy_batch(seed=i).items()} for i in range(10)]  # in float32 ten steps drift apart with the processor's order of sums
     net, past = reference_run(batches, (2, 3), (.1, .5), .05)
-    strategy = make(lam=.05)
+    strategy = make(lam=.05).double()
     _loop(strategy, batches)
     for mine, reference in zip([strategy.net, *(n.net for n in strategy.models.nets)], [net, *past]):
         for a, b in zip(mine.parameters(), reference.parameters()):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    plain = ToyNet()
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    plain = ToyNet().double()
     _loop(Supervised(plain), batches)
     assert (plain.layers[1].weight - strategy.net.layers[1].weight).abs().max() > 1e-3  # the agreement above means something
 
@@ -724,8 +724,7 @@ def test_killed_and_resumed_training_ends_in_the_same_bits(options, tmp_path):
         first = make(**options)
     result = run(again, Batches(), checkpoint=tmp_path / "c.pt")
     assert result.resumed_at == 12 and result.history == history
-    assert json.dumps(again.get_extra_state()) == json.dumps(whole.get_extra_state()) and again.objective.weight.get_extra_state() == whole.objective.weight.get_extra_state()
-    assert all(torch.equal(a, b) for k, a in whole.state_dict().items() if isinstance(a, torch.Tensor) for b in [again.state_dict()[k]])
+    assert same(again, whole) and again.objective.lam == whole.objective.lam and again.step == whole.step == 24
     assert any(not same(net.net, ToyNet()) for net in whole.models.nets)
 
 
@@ -735,10 +734,25 @@ def test_saved_state_holds_negatives_counters_and_weight():
     buffer = io.BytesIO()
     torch.save(strategy.state_dict(), buffer)
     state = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    assert state["objective.weight._extra_state"]["lam"] == strategy.objective.lam > 0 and state["_extra_state"]["step"] == 9
+    assert state["objective.weight._extra_state"][0] == strategy.objective.lam > 0 and state["_extra_state"].tolist() == [9]
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
     assert state["models.mean_step"].tolist() == pytest.approx(strategy.models.mean_step.tolist()) and "models.nets.1.net.layers.0.weight" in state
     with pytest.raises(RuntimeError, match="models.nets.1"):  # a state with fewer negatives is not taken quietly
         make(negatives=PAST[:1]).load_state_dict(state)
+
+
+def test_an_unfinished_calibration_is_stored_and_dictionaries_of_earlier_versions_load():
+    weight, again, old = (CalibratedWeight(rho=.1) for _ in range(3))
+    for step, ratio in ((1, 2.), (2, 3.)):
+        weight.observe(step, torch.tensor([1., ratio ** 2]))
+    again.load_state_dict(weight.state_dict())
+    old.load_state_dict({"_extra_state": {"lam": 0., "ratio": 0., "found": [2., 3.]}})
+    assert weight._found == again._found == old._found == [2., 3.] and again.lam == old.lam == 0
+    for step in (3, 4, 5):
+        weight.observe(step, torch.tensor([1., 16.])), again.observe(step, torch.tensor([1., 16.])), old.observe(step, torch.tensor([1., 16.]))
+    assert weight.lam == again.lam == old.lam == .1 / 4 and same(weight, again) and weight._found == []
+    with pytest.raises(ValueError, match="SPN: the weight.*3 numbers"):
+        again.load_state_dict({"_extra_state": torch.zeros(3, dtype=torch.float64)})
 
 
 def test_the_global_generator_is_never_used():

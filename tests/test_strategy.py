@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from irnb.strategies.strategy import (LOSSES, ContractError, Frozen, Strategy, Supervised, ToyNet, _run_gloo, charbonnier, contract, mix_seed, pixel_loss,
-                                      psnr_loss, surrogate, toy_batch)
+from irnb.strategies.strategy import (LOSSES, ContractError, Frozen, Strategy, Supervised, ToyNet, _run_gloo, charbonnier, contract, mix_seed, pack_state,
+                                      pixel_loss, psnr_loss, surrogate, toy_batch, unpack_state)
 
 
 @pytest.mark.slow
 def test_supervised_keeps_the_contract_on_two_networks():
     passed = contract(Supervised, reduced=Supervised)
-    assert len(passed) == 24 and len(set(passed)) == 24
+    assert len(passed) == 26 and len(set(passed)) == 26
 
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))
@@ -79,7 +79,7 @@ class Unseeded(Supervised):
 
 class ForgetsCounter(Supervised):
     def get_extra_state(self):
-        return {"step": 0}
+        return pack_state(0)
 
     def forward(self, batch):
         return super().forward(batch) * (1 + self.step)
@@ -175,15 +175,78 @@ class NotFiniteInHalf(Supervised):
         return value * (math.nan if torch.is_autocast_enabled("cpu") else 1)
 
 
+class StateOfWords(Supervised):
+    def get_extra_state(self):
+        return {"step": self.step}
+
+
+class Masks(Supervised):
+    "Leaves out what is not a number."
+
+    def forward(self, batch):
+        return super().forward({key: x.nan_to_num() for key, x in batch.items()})
+
+
+class LooksAtACorner(Supervised):
+    def forward(self, batch):
+        return super().forward({key: x[..., :12, :12] for key, x in batch.items()})
+
+
 MUTANTS = [(NoGradient, "gradients"), (Climbs, "loss falls"), (GradientToFrozen, "gradients"), (Unseeded, "same seed"), (ForgetsCounter, "resume"),
            (Lasting, "lasting"), (GlobalDraws, "lasting"), (Writes, "batch unchanged"), (Unnamed, "missing key"), (Hooked, "unedited"), (Edits, "unedited"),
-           (Awake, "frozen"), (Cropping, "odd sizes"), (BatchDependent, "independent of the batch"), (ShipsTooMuch, "restorer_for"), (NotFiniteInHalf, "autocast")]
+           (Awake, "frozen"), (Cropping, "odd sizes"), (BatchDependent, "independent of the batch"), (ShipsTooMuch, "restorer_for"), (NotFiniteInHalf, "autocast"),
+           (StateOfWords, "pack_state"), (Masks, "NaN noticed"), (LooksAtACorner, "NaN noticed")]
 
 
 @pytest.mark.parametrize("mutant, check", MUTANTS, ids=lambda v: getattr(v, "__name__", v))
 def test_a_broken_promise_is_found(mutant, check):
     with pytest.raises((ContractError, RuntimeError), match=check):
         contract(mutant, nets=[ToyNet], processes=False)
+
+
+class Notices(LooksAtACorner):
+    def forward(self, batch):
+        return self.noticed(super().forward(batch), *self.take(batch, *self.needs))
+
+
+def test_a_corner_that_is_noticed_keeps_the_contract_and_costs_no_bit():
+    contract(Notices, nets=[ToyNet], processes=False)
+    for dtype in (torch.float32, torch.float64):
+        batch = {key: x.to(dtype) for key, x in toy_batch().items()}
+        plain, noticing = LooksAtACorner(ToyNet()).to(dtype), Notices(ToyNet()).to(dtype)
+        a, b = plain(batch), noticing(batch)
+        a.backward(), b.backward()
+        assert torch.equal(a, b) and a.dtype == b.dtype
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), noticing.parameters()))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_types_are_taken_as_float32_unless_the_network_is_of_that_type(half):
+    batch = {key: x.to(half) for key, x in toy_batch().items()} | {"label": torch.arange(4), "exact": torch.ones(1, dtype=torch.float64)}
+    taken = lambda net: [x.dtype for x in Supervised(net).take(batch, "degraded", "clean", "label", "exact")]
+    assert taken(ToyNet()) == [torch.float32, torch.float32, torch.int64, torch.float64]
+    assert taken(ToyNet().double())[0] == torch.float32 and taken(nn.Identity())[0] == torch.float32
+    assert taken(ToyNet().to(half))[:2] == [half, half]
+    assert torch.equal(Supervised(ToyNet()).take(batch, "clean")[0], batch["clean"].float())
+
+
+def test_the_counter_is_a_tensor_and_an_old_dictionary_loads():
+    strategy = Supervised(ToyNet())
+    strategy.step = 2 ** 40 + 1
+    state = strategy.state_dict()
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    for stored in (state, {**state, "_extra_state": {"step": 2 ** 40 + 1}}):
+        fresh = Supervised(ToyNet())
+        fresh.load_state_dict(stored)
+        assert fresh.step == 2 ** 40 + 1 and isinstance(fresh.step, int)
+
+
+@pytest.mark.parametrize("stored, named", [(pack_state(1, 2), "2 numbers"), (pack_state(), "0 numbers"), ({"steps": 3}, "'step'")], ids=["two", "none", "words"])
+def test_a_foreign_counter_is_refused(stored, named):
+    with pytest.raises(ValueError, match=f"Supervised.*{named}"):
+        Supervised(ToyNet()).load_state_dict({**Supervised(ToyNet()).state_dict(), "_extra_state": stored})
+    with pytest.raises(ValueError, match="here.*anew"):
+        unpack_state("here", stored, "step")
 
 
 def test_a_wrong_reduction_is_found():

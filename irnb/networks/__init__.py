@@ -4,17 +4,18 @@
 
 # %% ../../nbs/networks/10_networks.ipynb #150c94fe
 from __future__ import annotations
-import ast, copy, importlib, inspect, json, os, pickle, sys
+import ast, copy, hashlib, importlib, inspect, itertools, json, math, os, pickle, stat, sys, threading
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator, NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['room', 'networks', 'UpscaleFirst', 'build', 'count_parameters', 'receptive_radius', 'ModelError', 'save_model',
-           'load_model']
+__all__ = ['MAX_WHOLE', 'MAX_NUMBERS', 'MAX_HEADER', 'MAX_SPARE', 'room', 'networks', 'UpscaleFirst', 'build', 'count_parameters',
+           'receptive_radius', 'ModelError', 'save_model', 'load_model']
 
 # %% ../../nbs/networks/10_networks.ipynb #69cce72f
 def _is_all(node: ast.stmt) -> bool:
@@ -208,40 +209,140 @@ def _restorer(spec: dict) -> nn.Module:
         return _strategy_class(strategy["class"]).restorer_for(net, **strategy.get("options", {}))
 
 # %% ../../nbs/networks/10_networks.ipynb #145e1284
-def _assemble(spec: dict, path: Path) -> nn.Module:
-    "`_restorer`, with each failure as a `ModelError` about the file."
+def _check_form(spec: dict, path: Path) -> None:
+    "Raise `ModelError` if a spec does not name a network, or names a strategy without a class."
     network, strategy = spec.get("network"), spec.get("strategy")
     if not isinstance(network, dict) or not isinstance(network.get("name"), str):
-        raise ModelError(f"{path}: the spec names no network, got {network!r}; "
+        raise ModelError(f"{path}: the spec names no network, got {_short(repr(network))}; "
                          'it needs {"network": {"name": ..., "options": {...}}}')
     if strategy is not None and (not isinstance(strategy, dict) or not isinstance(strategy.get("class"), str)):
-        raise ModelError(f"{path}: the strategy has no class, got {strategy!r}; "
+        raise ModelError(f"{path}: the strategy has no class, got {_short(repr(strategy))}; "
                          'it needs {"name": ..., "class": "package.module.Class", "options": {...}}')
+
+def _short(text: str, most: int = 300) -> str:
+    "A text in one line that fits into a message."
+    from irnb.images import printable
+    return printable(text if len(text) <= most else text[:most] + "...")
+
+def _assemble(spec: dict, path: Path) -> nn.Module:
+    "`_restorer`, with each failure as a `ModelError` about the file."
+    _check_form(spec, path)
     try: return _restorer(spec)
     except ImportError as error:
-        raise ModelError(f"{path}: the strategy class {strategy['class']!r} cannot be imported ({error}); "
+        cls = (spec.get("strategy") or {}).get("class", spec["network"]["name"])
+        raise ModelError(f"{path}: the strategy class {cls!r} cannot be imported ({_short(str(error))}); "
                          "install the package that defines it, in the version that wrote the file") from error
     except Exception as error:                           # constructors of other packages fail in ways of their own
-        raise ModelError(f"{path}: its spec cannot be built ({error}); "
+        raise ModelError(f"{path}: its spec cannot be built ({_short(str(error))}); "
                          "correct it, or use the versions that wrote the file") from error
 
 # %% ../../nbs/networks/10_networks.ipynb #652b8853
-def _mismatch(module: nn.Module, tensors: dict[str, Tensor]) -> str | None:
-    "The first disagreement between a module and named weights, in words; None if they agree and are finite."
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+def _kind(dtype: object) -> object:
+    "What must agree of two number types: any precision is a float's, any width a whole number's."
+    return "float" if dtype in _FLOATS else "whole" if dtype in _WHOLE else dtype
+
+def _misfit(module: nn.Module, entries: dict) -> str | None:
+    "The first disagreement in name, shape or kind between a module and what has these (`shape`, `dtype`), in words."
     wanted = module.state_dict()
     for key, value in wanted.items():
-        if key not in tensors: return f"{key!r} is missing"
-        if tensors[key].shape != value.shape:
-            return f"{key!r} has shape {tuple(tensors[key].shape)} instead of {tuple(value.shape)}"
-    for key in tensors:
-        if key not in wanted: return f"{key!r} is unexpected"
-    return next((f"{k!r} has values that are not finite" for k, v in tensors.items() if not v.isfinite().all()), None)
+        if key not in entries: return f"{key!r} is missing"
+        if tuple(entries[key].shape) != tuple(value.shape):
+            return f"{key!r} has shape {tuple(entries[key].shape)} instead of {tuple(value.shape)}"
+        if _kind(entries[key].dtype) != _kind(value.dtype):
+            return f"{key!r} holds {entries[key].dtype} instead of {value.dtype}"
+    return next((f"{key!r} is unexpected" for key in entries if key not in wanted), None)
+
+def _mismatch(module: nn.Module, tensors: dict[str, Tensor]) -> str | None:
+    "The first disagreement between a module and named weights, in words; None if they agree and are finite."
+    if problem := _misfit(module, tensors): return problem
+    infinite = (k for k, v in module.state_dict().items() if not tensors[k].to(v.dtype).isfinite().all())
+    return next((f"{k!r} has values that are not finite" for k in infinite), None)
+
+# %% ../../nbs/networks/10_networks.ipynb #2a112ad2
+MAX_WHOLE = 1 << 16  # largest whole number, either sign, in a network's options: widths, blocks, sizes
+MAX_NUMBERS = 1 << 10  # numbers in a network's options, those in lists included
+MAX_HEADER = 1 << 22  # bytes of a model file's header
+MAX_SPARE = 1 << 24  # numbers that a network may hold beyond what fits into its file: masks, tables of positions
+_SIMPLE = {"int": int, "float": (int, float), "bool": bool, "str": str}
+
+def _numbers(options: object) -> Iterator[int | float]:
+    "All numbers in nested lists and dictionaries."
+    rest = [options]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, (dict, list)): rest += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, (int, float)): yield value
+
+def _check_values(spec: dict, path: Path) -> None:
+    "Raise `ModelError` for options beyond all bounds, or of another type than the constructor says."
+    name, options = spec["network"]["name"], spec["network"].get("options", {})
+    if (count := sum(1 for _ in _numbers(options))) > MAX_NUMBERS:
+        raise ModelError(f"{path}: the options of {_short(name)} hold {count:,} numbers, more than {MAX_NUMBERS}; "
+                         "this is no model of this package")
+    for number in _numbers(options):
+        if abs(number) > MAX_WHOLE if isinstance(number, int) else not math.isfinite(number):
+            size = number if abs(number) < 1e9 else "huge"
+            raise ModelError(f"{path}: an option of {_short(name)} is {size}, beyond the limit of {MAX_WHOLE}; "
+                             "this is no model of this package")
+    try: wanted = inspect.signature(_network_class(name)).parameters
+    except (ValueError, TypeError): return               # an unknown class, which is told when it is built
+    for key, value in options.items() if isinstance(options, dict) else ():
+        kind = getattr(wanted.get(key), "annotation", None)
+        if not _is_of(value, getattr(kind, "__name__", kind)):
+            raise ModelError(f"{path}: its spec cannot be built ({_short(name)}: {key!r} must be {kind}, "
+                             f"got {_short(repr(value), 60)}); correct it, or use the versions that wrote the file")
+
+def _is_of(value: object, kind: str | None) -> bool:
+    "Whether a value is of a simple type by its name; True for other types. 0 and 1 are truth values too."
+    if kind not in _SIMPLE: return True
+    if kind == "bool": return isinstance(value, bool) or isinstance(value, int) and value in (0, 1)
+    return isinstance(value, _SIMPLE[kind]) and not isinstance(value, bool)
+
+# %% ../../nbs/networks/10_networks.ipynb #ae52a54f
+@contextmanager
+def _bounded(tensors: int) -> Iterator[None]:
+    "Within it modules are built without memory, and none is finished that is far larger than so many tensors."
+    from torch.nn.modules import module as hooks
+    most, here, count = 8 * tensors + 1024, threading.get_ident(), itertools.count(1)
+
+    def registered(*_) -> None:
+        if threading.get_ident() == here and next(count) > most:
+            raise ValueError(f"it has far more layers than the {tensors} tensors of the file")
+
+    handles = [hooks.register_module_parameter_registration_hook(registered),
+               hooks.register_module_module_registration_hook(registered)]
+    try:
+        with torch.device("meta"): yield
+    finally:
+        for handle in handles: handle.remove()
+
+def _check_size(module: nn.Module, path: Path) -> None:
+    "Raise `ModelError` if a rehearsed module would need far more memory than its file could fill."
+    held = {id(t): t.numel() for t in (*module.parameters(), *module.buffers())}
+    if sum(held.values()) > path.stat().st_size + MAX_SPARE:
+        raise ModelError(f"{path}: it describes a network of {sum(held.values()):,} numbers, far more than the file "
+                         "holds; this is no model of this package, or a damaged one")
 
 # %% ../../nbs/networks/10_networks.ipynb #adde7173
 def _write_whole(path: Path, content: bytes) -> None:
     "Write a file atomically; on failure nothing is left behind and the error names the file."
     from irnb.images import replacing
     with replacing(path) as file: file.write(content)
+
+# %% ../../nbs/networks/10_networks.ipynb #9864bc89
+_CHECKSUM = "content_sha256"  # the entry of a spec that `save_model` adds and `load_model` takes away
+
+def _checksum(spec: dict, tensors: dict[str, Tensor]) -> str:
+    "SHA-256 of a spec and named tensors (on the CPU), whatever their order."
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
+    for key in sorted(tensors):
+        value = tensors[key].contiguous()
+        digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 # %% ../../nbs/networks/10_networks.ipynb #496c74b2
 def _spelt_out(spec: dict, path: Path) -> dict:
@@ -250,7 +351,8 @@ def _spelt_out(spec: dict, path: Path) -> dict:
         spec = json.loads(json.dumps(spec, allow_nan=False))
         network = spec["network"]
         options = _resolve(network["name"], network.get("options", {}))[1]
-        return {**spec, "network": {**network, "options": json.loads(json.dumps(options))}}
+        spec = {**spec, "network": {**network, "options": json.loads(json.dumps(options))}}
+        return {key: value for key, value in spec.items() if key != _CHECKSUM}
     except (TypeError, KeyError, ValueError) as error:
         raise ModelError(f"{path}: not saved, the spec is not usable ({error}); it needs "
                          '{"network": {"name": ..., "options": {...}}} in JSON types') from error
@@ -266,49 +368,113 @@ def save_model(
     path = Path(path)
     spec = _spelt_out(spec, path)
     tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in net.state_dict().items()}
+    _check_values(spec, path)
     if problem := _mismatch(_assemble(spec, path), tensors):
         raise ModelError(f"{path}: not saved, {problem} for what the spec describes; correct the spec or the weights")
-    _write_whole(path, save(tensors, metadata={"irnb": json.dumps(spec, sort_keys=True)}))
+    text = json.dumps({**spec, _CHECKSUM: _checksum(spec, tensors)}, sort_keys=True)
+    _write_whole(path, save(tensors, metadata={"irnb": text}))
 
 # %% ../../nbs/networks/10_networks.ipynb #f7e2b4f7
-def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    "Spec and weights of a file written by `save_model`."
+_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+          "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+
+class _Entry(NamedTuple):
+    "What a header says of a tensor; types that no network here has are left as text."
+    shape: tuple
+    dtype: object
+
+def _strict_json(text: str | bytes) -> object:
+    "JSON in which no key comes twice and every number is one; `ValueError` otherwise."
+    def unique(pairs: list) -> dict:
+        if len(dict(pairs)) == len(pairs): return dict(pairs)
+        raise ValueError("a key comes twice")
+    def constant(name: str): raise ValueError(f"{name} is no number")
+    try: return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+    except RecursionError as error: raise ValueError("nested too deeply") from error
+
+def _damaged(path: Path, error: Exception) -> ModelError:
+    "The error about a file that is not what was written."
+    return ModelError(f"{path}: truncated or damaged ({_short(str(error))}); copy or train the model again")
+
+def _read_header(path: Path) -> tuple[dict[str, _Entry], object]:
+    "What a safetensors file says of its tensors, and its text entry `irnb`; nothing else is read."
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if length <= MAX_HEADER else b""
+    try:
+        if length > MAX_HEADER: raise ValueError(f"a header of {length:,} bytes, more than {MAX_HEADER:,}")
+        header = _strict_json(text.decode())
+        described = {key: value for key, value in header.items() if key != "__metadata__"}
+        entries = {key: _Entry(tuple(map(int, value["shape"])), _TYPES.get(value["dtype"], value["dtype"]))
+                   for key, value in described.items()}
+        return entries, (header.get("__metadata__") or {}).get("irnb")
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise _damaged(path, error) from error
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    "The weights of a safetensors file."
     from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("irnb")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path}: truncated or damaged ({error}); copy or train the model again") from error
-    try: spec = json.loads(text) if text is not None else None
-    except ValueError: spec = None
-    if not isinstance(spec, dict):
-        raise ModelError(f"{path}: no usable 'irnb' entry in its header, got {str(text)[:40]!r}; "
-                         "write it with irnb.networks.save_model")
-    return spec, tensors
+        with safe_open(path, framework="pt") as file: return {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error: raise _damaged(path, error) from error
+
+def _read_spec(text: object, path: Path) -> tuple[dict, str | None]:
+    "The spec in a header's text, and its checksum if it has one."
+    try: spec = _strict_json(text) if isinstance(text, str) else None
+    except ValueError as error: spec = error
+    if isinstance(spec, dict): return {k: v for k, v in spec.items() if k != _CHECKSUM}, spec.get(_CHECKSUM)
+    why = f" ({_short(str(spec))})" if isinstance(spec, ValueError) else ""
+    raise ModelError(f"{path}: no usable 'irnb' entry in its header{why}, got {str(text)[:40]!r}; "
+                     "write it with irnb.networks.save_model")
+
+# %% ../../nbs/networks/10_networks.ipynb #78fdf9ae
+def _is_ours(dotted: str) -> bool:
+    "Whether a class that a file names is defined in irnb; a foreign one is not imported to find out."
+    if "." in dotted and dotted.partition(".")[0] != "irnb": return False
+    try: found = _locate(dotted) if "." in dotted else _lookup(_PACKAGE, dotted)
+    except (ImportError, AttributeError, ValueError): return True         # unknown, which is told when it is built
+    return not inspect.isclass(found) or found.__module__.partition(".")[0] == "irnb"
+
+def _foreign(spec: dict) -> str | None:
+    "The first class of a spec that irnb does not define."
+    strategy = spec.get("strategy")
+    names = [spec["network"]["name"], *([strategy["class"]] if strategy else [])]
+    return next((name for name in names if not _is_ours(name)), None)
+
+def _rehearse(spec: dict, entries: dict[str, _Entry], path: Path) -> None:
+    "Build what a spec describes without memory, and raise `ModelError` unless it is of the file's size and names."
+    _check_values(spec, path)
+    with _bounded(len(entries)): module = _assemble(spec, path)
+    if problem := _misfit(module, entries): raise _not_of(spec, problem, path)
+    _check_size(module, path)
+
+def _not_of(spec: dict, problem: str, path: Path) -> ModelError:
+    "The error about weights that are not those of the network that the spec describes."
+    options = ", ".join(f"{k}={v}" for k, v in spec["network"].get("options", {}).items())
+    return ModelError(f"{path}: {problem} for {_short(spec['network']['name'])}({_short(options)}); "
+                      "this is a file of another network, or a damaged one")
 
 # %% ../../nbs/networks/10_networks.ipynb #46ab0be4
 def _from_checkpoint(path: Path) -> tuple[nn.Module, dict]:
     "The network that a public checkpoint was made for, with its weights, and the spec that was inferred."
-    from irnb.networks.checkpoints import CheckpointError, guess_network, load_weights, read_sections
-    try:
-        guesses = (guess_network(section) for section in read_sections(path).values())
-        name, options = next((guess for guess in guesses if guess), (None, {}))
-        if name is None:
-            raise CheckpointError(f"{path}: weights of an unknown network; known: {', '.join(networks())}: build yours yourself and write it with irnb.networks.save_model")
-        with torch.random.fork_rng(devices=[]): net = build(name, **options)
-        load_weights(net, path)
+    from irnb.networks.checkpoints import CheckpointError, infer_network
+    try: net, name, options = infer_network(path)
     except CheckpointError as error: raise ModelError(str(error)) from error
     if problem := _mismatch(net, net.state_dict()): raise ModelError(f"{path}: {problem}; copy it again")
     return net, {"network": {"name": name, "options": options}, "source": path.name}
 
 # %% ../../nbs/networks/10_networks.ipynb #adbe1915
+def _first_bytes(path: Path) -> bytes:
+    "The first nine bytes of a regular file; `OSError` for anything else, such as a pipe that would block for ever."
+    if not stat.S_ISREG(os.stat(path).st_mode): raise OSError(0, "not a regular file")
+    with open(path, "rb") as file: return file.read(9)
+
 def _is_pickle(path: Path) -> bool:
     "Whether a file is a checkpoint of PyTorch rather than a safetensors file, by its first bytes."
-    try:
-        with open(path, "rb") as file: head = file.read(9)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); check the path of the model file") from error
+    try: head = _first_bytes(path)
+    except (OSError, ValueError) as error:               # ValueError: a name with a zero byte
+        why = getattr(error, "strerror", None) or str(error)
+        raise ModelError(f"{path}: cannot be read ({why}); check the path of the model file") from error
     if head[8:] == b"{": return False
     if head[:2] == b"PK" or head[:1] == b"\x80": return True
     raise ModelError(f"{path}: not a model file, it begins with {head[:8]!r}; "
@@ -317,17 +483,35 @@ def _is_pickle(path: Path) -> bool:
 # %% ../../nbs/networks/10_networks.ipynb #5a710a6a
 def load_model(
     path: str | os.PathLike,  # written by `save_model`, or a public *.pth checkpoint of a network of this package
+    *,
+    trust: bool = False,  # import classes that the file names from other packages than irnb, which runs their code
 ) -> tuple[nn.Module, dict]:  # the module, in eval mode on the CPU, and its spec
-    "Rebuild a model from its file alone; `ModelError` (a `ValueError`) that names the file, the value and the remedy."
+    """Rebuild a model from its file alone; `ModelError` (a `ValueError`) names the file, the value and the remedy.
+
+    A file can name the class of its network or strategy, and that class's module is imported. Without `trust=True`
+    only classes that irnb defines are: a file of your own class, or of a package of yours, needs it.
+    """
     path = Path(path)
     if _is_pickle(path):
         module, spec = _from_checkpoint(path)
         return module.eval(), spec
-    spec, tensors = _read_safetensors(path)
+    entries, text = _read_header(path)
+    spec, checksum = _read_spec(text, path)
+    _check_form(spec, path)
+    foreign = _foreign(spec)
+    if foreign is None: _rehearse(spec, entries, path)
+    elif not trust:
+        raise ModelError(f"{path}: it names the class {_short(repr(foreign))}, whose module would be imported "
+                         "and run; if you trust both, pass trust=True to load_model, or --trust on the command line")
+    return _filled(spec, checksum, path).eval(), spec
+
+def _filled(spec: dict, checksum: str | None, path: Path) -> nn.Module:
+    "The module of a spec with the weights of its file."
+    tensors = _read_tensors(path)
+    if checksum is not None and checksum != _checksum(spec, tensors):
+        raise ModelError(f"{path}: damaged or edited, its content is not what its SHA-256 says; "
+                         "copy or train the model again")
     module = _assemble(spec, path)
-    if problem := _mismatch(module, tensors):
-        raise ModelError(f"{path}: {problem} for {spec['network']['name']}"
-                         f"({', '.join(f'{k}={v}' for k, v in spec['network'].get('options', {}).items())}); "
-                         "this is a file of another network, or a damaged one")
+    if problem := _mismatch(module, tensors): raise _not_of(spec, problem, path)
     module.load_state_dict(tensors)
-    return module.eval(), spec
+    return module

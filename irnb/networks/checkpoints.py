@@ -4,18 +4,21 @@
 
 # %% ../../nbs/networks/19_checkpoints.ipynb #4cdcc11c
 from __future__ import annotations
+import itertools
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import nn, Tensor
-from . import UpscaleFirst, build, networks
+from . import ModelError, UpscaleFirst, build, networks
+from . import _bounded, _check_size, _first_bytes, _kind, _short
 
 # %% auto #0
-__all__ = ['CheckpointError', 'CheckpointNotFound', 'LoadReport', 'read_sections', 'guess_network', 'load_weights']
+__all__ = ['MAX_UNPACKED', 'MAX_DEPTH', 'MAX_PLACES', 'MAX_TENSORS', 'MAX_SECTIONS', 'CheckpointError', 'CheckpointNotFound',
+           'LoadReport', 'read_sections', 'guess_network', 'load_weights', 'infer_network']
 
 # %% ../../nbs/networks/19_checkpoints.ipynb #5a7fcf5b
 class CheckpointError(ValueError):
@@ -80,16 +83,48 @@ def _reason(error: Exception) -> str:
     inner = re.search(r"WeightsUnpickler error: (.+)", str(error))
     return (inner[1] if inner else (str(error) or type(error).__name__).splitlines()[0]).split(". ")[0][:120]
 
+MAX_UNPACKED = 16  # times an archive's own size that it may unpack to; PyTorch's are not packed at all
+
 def _check_archive(path: Path) -> None:
-    "Compare each part of a zip archive with its checksum; `BadZipFile` names one that differs."
+    "Compare each part of a zip archive with its checksum; `BadZipFile` names one that differs, or a bomb."
     import zipfile
     with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > MAX_UNPACKED * path.stat().st_size:
+            raise zipfile.BadZipFile(f"it would unpack to more than {MAX_UNPACKED} times its size")
         for entry in archive.infolist():
             if entry.external_attr & 0x10 and not entry.is_dir():  # PyTorch would read nothing and leave memory unset
                 raise zipfile.BadZipFile(f"{entry.filename!r} is marked as a folder")
             if not entry.CRC: continue                   # written without checksums, or empty
             with archive.open(entry) as file:
                 while file.read(1 << 20): pass
+
+def _called(path: Path, archive: bool) -> str | None:
+    "The first function or class besides those of tensors that a pickle would call, read without running it."
+    import io, pickletools, zipfile
+    try:
+        if archive:
+            with zipfile.ZipFile(path) as parts:
+                data = parts.read(next(p for p in parts.namelist() if p.endswith(".pkl")))
+        else: data = path.read_bytes()
+    except Exception: return None                        # damaged, which is what will be said
+    stream, strings = io.BytesIO(data), []
+    while stream.tell() < len(data):                     # an old checkpoint is several pickles in a row
+        try:
+            for operation, argument, _ in pickletools.genops(stream):
+                name = str(argument).replace(" ", ".")
+                if operation.name == "STACK_GLOBAL": name = ".".join(strings[-2:])
+                elif operation.name not in ("GLOBAL", "INST"):
+                    if isinstance(argument, str): strings.append(argument)
+                    continue
+                if name.partition(".")[0] not in ("torch", "collections", "numpy", "_codecs"): return name
+        except Exception: return None                    # numbers between the pickles, or the end of what is there
+    return None
+
+def _code_refused(path: Path, wanted: str) -> CheckpointError:
+    "The error about a pickle that would run something."
+    return CheckpointError(f"{path}: refused, it holds code or objects besides tensors (it wants "
+                           f"{_short(wanted, 100)}), which would run on load; ask for safetensors, "
+                           "or for a file of plain tensors")
 
 def _load_pickle(path: Path, archive: bool) -> object:
     "Contents of a PyTorch checkpoint on the CPU; code is refused unrun."
@@ -99,30 +134,28 @@ def _load_pickle(path: Path, archive: bool) -> object:
             warnings.simplefilter("ignore")              # about archives that are refused below anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                           # a damaged archive fails in many ways inside torch.load
-        if called := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise CheckpointError(f"{path}: refused, it holds code or objects besides tensors (it wants {called[1]}); "
-                                  "ask for safetensors, or for a file of plain tensors") from error
+        if called := re.search(r"GLOBAL ([\w.]+)", str(error)): raise _code_refused(path, called[1]) from error
         if "TorchScript" in str(error):
             raise CheckpointError(f"{path}: a TorchScript program, not weights; save its state_dict()") from error
+        if called := _called(path, archive): raise _code_refused(path, called) from error
         raise CheckpointError(f"{path}: truncated or damaged ({_reason(error)}); copy it again") from error
 
 # %% ../../nbs/networks/19_checkpoints.ipynb #90896f31
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
     "Tensors of a safetensors file."
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
     try: return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: truncated or damaged ({error}); copy it again") from error
+    except Exception as error:                           # of the reader, or of a type that PyTorch does not know
+        raise CheckpointError(f"{path}: truncated or damaged ({_short(str(error))}); copy it again") from error
 
 def _read(path: Path) -> object:
     "Contents of a checkpoint, told apart by its first bytes rather than by its suffix."
-    try:
-        with open(path, "rb") as file: head = file.read(9)
+    try: head = _first_bytes(path)
     except FileNotFoundError as error:
         raise CheckpointNotFound(f"{path}: there is no such file; nothing is downloaded, so put it there first") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (OSError, ValueError) as error:               # ValueError: a name with a zero byte
+        why = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{path}: cannot be read ({why}); check the path") from error
     if head[8:] == b"{": return _load_safetensors(path)
     if head[:2] == b"PK" or head[:1] == b"\x80": return _load_pickle(path, archive=head[:2] == b"PK")
     raise CheckpointError(f"{path}: neither a PyTorch nor a safetensors file, it begins with {head[:8]!r}; "
@@ -130,14 +163,25 @@ def _read(path: Path) -> object:
 
 # %% ../../nbs/networks/19_checkpoints.ipynb #a218e3c6
 _WRAPPERS = ("module", "_orig_mod")  # left in names by data-parallel wrappers and by torch.compile
+MAX_DEPTH = 32  # dictionaries inside dictionaries
+MAX_PLACES = 10_000  # dictionaries in a file
 
-def _walk(node: Mapping, at: str, found: dict[str, dict]) -> None:
+def _walk(node: Mapping, at: str, found: dict, path: Path, depth: int, count: itertools.count) -> None:
     "Collect every dictionary that holds tensors, by its dotted place."
+    if depth > MAX_DEPTH or next(count) > MAX_PLACES:
+        raise CheckpointError(f"{path}: more than {MAX_DEPTH} dictionaries deep or {MAX_PLACES:,} in all; "
+                              "is it a file of weights? Save a state_dict()")
     node = {k: v for k, v in node.items() if isinstance(k, str)}     # an optimizer's state has numbers for names
     leaves = {k: v for k, v in node.items() if not isinstance(v, Mapping)}
     if any(isinstance(v, Tensor) for v in leaves.values()): found[at] = leaves
     for key, value in node.items():
-        if isinstance(value, Mapping): _walk(value, f"{at}.{key}".lstrip("."), found)
+        if isinstance(value, Mapping): _walk(value, f"{at}.{key}".lstrip("."), found, path, depth + 1, count)
+
+def _is_plain(value: Tensor) -> bool:
+    "Whether a tensor has memory of its own for all its numbers."
+    if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu": return False
+    held = value.untyped_storage().nbytes()
+    return value.numel() * value.element_size() <= held and max(value.shape, default=0) <= held
 
 def _by_prefix(section: dict, at: str) -> dict[str, dict]:
     "The groups of a section's names that share their first component."
@@ -162,10 +206,14 @@ def _places(content: object, path: Path) -> tuple[dict[str, dict], dict[str, dic
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: no named weights inside, got a {type(content).__name__}; save a state_dict()")
     real: dict[str, dict] = {}
-    _walk(content, "", real)
+    _walk(content, "", real, path, 0, itertools.count())
     if not real:
-        raise CheckpointError(f"{path}: no tensors inside, only {_some(tuple(map(str, content))) or 'an empty dictionary'}; "
-                              "is it the file of weights?")
+        only = _short(_some(tuple(itertools.islice(map(str, content), 4)))) or "an empty dictionary"
+        raise CheckpointError(f"{path}: no tensors inside, only {only}; is it the file of weights?")
+    for key, value in itertools.chain.from_iterable(section.items() for section in real.values()):
+        if isinstance(value, Tensor) and not _is_plain(value):
+            raise CheckpointError(f"{path}: {_short(repr(key))} is no plain tensor (sparse, quantised, without "
+                                  "memory, or more numbers than the file holds); save a state_dict() of dense tensors")
     groups: dict[str, dict] = {}
     for at, section in real.items(): groups |= _by_prefix(_simplified(section), at)
     return real, {at: group for at, group in groups.items() if at not in real}
@@ -225,25 +273,28 @@ def _readings(name: str, tensors: dict[str, Tensor]) -> list[dict]:
     cls = getattr(package, name)
     if not hasattr(cls, "options_from_state_dict"): return [{"preset": preset} for preset in cls.PRESETS]
     try: return [cls.options_from_state_dict(_translated(tensors, cls))]
-    except (ValueError, KeyError, IndexError, RuntimeError): return []
+    except Exception: return []                          # foreign weights fail in ways of their own
 
 def _likeness(name: str, options: dict, tensors: dict[str, Tensor]) -> float:
     "How well the network with these options fits: the share of names in common, minus a little for each wrong shape."
     import irnb.networks as package
     state = {k: v for k, v in _translated(tensors, getattr(package, name)).items() if k.rpartition(".")[2] not in _OWN}
     try:
-        with torch.device("meta"): wanted = build(name, **options).state_dict()
+        with _bounded(len(tensors)): wanted = build(name, **options).state_dict()
     except Exception: return 0.0                         # options read off foreign weights may be nonsense
     wanted = {k: v for k, v in wanted.items() if k.rpartition(".")[2] not in _OWN}
     wrong = sum(k in wanted and v.shape != wanted[k].shape for k, v in state.items())
     return _overlap(set(state), set(wanted)) - 0.5 * wrong / max(1, len(state))
 
 # %% ../../nbs/networks/19_checkpoints.ipynb #7205f6c3
+MAX_TENSORS = 5_000  # of one network; the largest here has 1,066
+
 def guess_network(
     tensors: dict[str, Tensor],  # weights by name, of whatever network
 ) -> tuple[str, dict] | None:  # name and options for `build`; None if nothing is alike
     "The network of this package that such weights most probably belong to."
     tensors = {k: v for k, v in _simplified(tensors).items() if isinstance(v, Tensor)}
+    if len(tensors) > MAX_TENSORS: return None
     parts = [tensors, *(part for part in _by_prefix(tensors, "").values() if len(part) > len(tensors) / 2)]
     rated = [(_likeness(name, options, part), name, options)
              for part in parts for name in networks() for options in _readings(name, part)]
@@ -253,7 +304,8 @@ def guess_network(
 def _hint(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     "What the file seems to be, and so what to do."
     guess = guess_network(tensors)
-    if guess is None: return f"no network known here has such names ({_some(tuple(tensors))}): build the right one"
+    if guess is None:
+        return f"no network known here has such names ({_short(_some(tuple(tensors)))}): build the right one"
     if guess == guess_network(dict(wanted)): return "it looks like this very network, incompletely saved: get another"
     options = "".join(f", {k}={v!r}" for k, v in guess[1].items())
     return f"it looks like build({guess[0]!r}{options}): build that"
@@ -272,8 +324,8 @@ class _Plan:
 def _flaw(value: object, ours: Tensor) -> str | None:
     "Why a value cannot be a weight at all, in words; None if it can."
     if not isinstance(value, Tensor): return f"is a {type(value).__name__}, not a tensor"
-    if value.is_floating_point() != ours.is_floating_point(): return f"holds {value.dtype} instead of {ours.dtype}"
-    return None if value.isfinite().all() else "has values that are not finite"
+    if _kind(value.dtype) != _kind(ours.dtype): return f"holds {value.dtype} instead of {ours.dtype}"
+    return None if value.to(ours.dtype).isfinite().all() else "has values that are not finite"
 
 def _compare(section: dict, wanted: Mapping[str, Tensor], learned: set[str]) -> _Plan:
     "Sort a section's entries and a network's tensors into what fits and what does not."
@@ -355,8 +407,12 @@ def load_weights(
 ) -> LoadReport:  # what was loaded, renamed, rebuilt and skipped
     "Load published weights completely or not at all; `CheckpointError` names the file, the tensor and the remedy."
     path, net = Path(path), _inner(net)
+    _wanted(net, path)                                   # a network without memory is told before the file is read
+    return _load(net, _read(path), path, which, strict)
+
+def _load(net: nn.Module, content: object, path: Path, which: str | None = None, strict: bool = True) -> LoadReport:
+    "`load_weights` from what has been read."
     wanted, own, learned = _wanted(net, path)
-    content = _read(path)
     at, section = _section(content, type(net), wanted, which, path)
     plan, name = _compare(section, wanted, learned), type(net).__name__
     if problem := _problem(plan, section, wanted, strict):
@@ -368,3 +424,55 @@ def load_weights(
         parameters=sum(v.numel() for v in plan.tensors.values()), renamed=sum(k not in there for k in plan.tensors),
         rebuilt=tuple(plan.rebuilt), skipped=tuple(plan.skipped),
         missing=tuple(plan.missing), mismatched=tuple(plan.mismatched))
+
+# %% ../../nbs/networks/19_checkpoints.ipynb #d30378e2
+_TRAINING = re.compile(r"(^|[._])(optim|sched|scaler)", re.IGNORECASE)  # places of what only a training goes on with
+
+def _lost(net: nn.Module, content: object, path: Path, report: LoadReport) -> list[str]:
+    "Names of tensors in a file that a network does not use and that are not known to be needless."
+    real, groups = _places(content, path)
+    needless = re.compile("|".join(getattr(type(net), "LEFT_OUT", ())) or "$^").fullmatch
+    modules = {_bare(name) for name, _ in net.named_modules()}
+    known = set(_simplified((real | groups)[report.section]))
+    lost = [k for k in report.skipped if not needless(k)]
+    lost += [k for k in report.rebuilt if k.rpartition(".")[0] not in modules]
+    for at in real:
+        if at != report.section and not _TRAINING.search(at):
+            lost += _beside(_simplified(real[at]), at, report.section, lambda k: k in known or needless(k))
+    return lost
+
+def _beside(section: dict, at: str, chosen: str, is_known: Callable[[str], object]) -> list[str]:
+    "Names of tensors in a section that are neither in the chosen one nor in a copy of it."
+    if all(map(is_known, section)): return []
+    groups = _by_prefix(section, at)
+    copies = {place for place, group in groups.items()
+              if place == chosen or all(map(is_known, group)) or _TRAINING.search(place)}
+    place = lambda key: f"{at}.{key.partition('.')[0]}".lstrip(".")
+    return [key for key, value in section.items() if isinstance(value, Tensor) and place(key) not in copies
+            and (value.numel() > 1 or chosen in groups)]
+
+# %% ../../nbs/networks/19_checkpoints.ipynb #59cf8c7e
+MAX_SECTIONS = 20  # of a file, the largest ones, that are looked at for a known network
+
+def infer_network(
+    path: str | os.PathLike,  # a PyTorch checkpoint or a safetensors file
+) -> tuple[nn.Module, str, dict]:  # the network with its weights, its name and its options for `build`
+    "The network that a file of weights was made for; `CheckpointError` if unknown, or if a tensor were left over."
+    path = Path(path)
+    content = _read(path)
+    sections = [{k: v for k, v in s.items() if isinstance(v, Tensor)} for s in _places(content, path)[0].values()]
+    sections = sorted(sections, key=len, reverse=True)[:MAX_SECTIONS]
+    name, options = next(filter(None, map(guess_network, sections)), (None, {}))
+    if name is None:
+        raise CheckpointError(f"{path}: weights of an unknown network; known: {', '.join(networks())}: build yours "
+                              "yourself and write it with irnb.networks.save_model")
+    with _bounded(len(sections[0])): rehearsed = build(name, **options)
+    try: _check_size(rehearsed, path)
+    except ModelError as error: raise CheckpointError(str(error)) from error
+    with torch.random.fork_rng(devices=[]): net = build(name, **options)
+    report = _load(net, content, path)
+    if lost := _lost(net, content, path, report):
+        names = _short(_some(tuple(map(repr, lost))))
+        raise CheckpointError(f"{path}: most of it is {name}'s, but {names} would be left out; "
+                              "build the network that it was made for, or load a part with load_weights")
+    return net, name, options

@@ -140,7 +140,17 @@ def _renamed(key: str) -> str:
     "One weight's name in the new layout."
     return next((re.sub(old, new, key) for old, new in _OLD_NAMES if re.fullmatch(old, key)), key)
 
+def _is_our_mean(key: str, value: object) -> bool:
+    "Whether an entry is part of the mean-colour convolutions that this network has already, for values up to 255."
+    sign = {"sub_mean": -255.0, "add_mean": 255.0}.get(key.partition(".")[0])
+    if sign is None or not isinstance(value, Tensor) or value.is_meta: return False
+    parts = {"weight": torch.eye(3).view(3, 3, 1, 1), "bias": sign * mean_colour(3).flatten()}
+    ours = parts.get(key.partition(".")[2])
+    return ours is not None and value.shape == ours.shape and torch.allclose(value.float(), ours, rtol=1e-3, atol=0)
+
 def _translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
     "The authors' layout in ours, without their mean-colour convolutions; any other state dict unchanged."
     if "head.0.weight" not in state: return dict(state)
-    return {_renamed(k): v for k, v in state.items() if not k.startswith(("sub_mean.", "add_mean."))}
+    kept = {k: v for k, v in state.items() if not _is_our_mean(k, v)}
+    new = {_renamed(k): v for k, v in kept.items()}
+    return new if len(new) == len(kept) else dict(state)   # two names would become one: no file of EDSR

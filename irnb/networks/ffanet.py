@@ -111,6 +111,7 @@ class FFANet(nn.Module):
         "original": dict(gps=3, blocks=20, dim=64),  # the default of the authors' code, of which no weights are known
     }
     multiple = 1  # sides need not be divisible by anything
+    LEFT_OUT = (r"g\d+\.(la\.gamma|last\.(weight|bias))",)  # names in published files that no version uses
 
     def __init__(
         self,

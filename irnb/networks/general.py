@@ -192,6 +192,7 @@ def _conv(inputs: int, outputs: int) -> nn.Conv2d:
 class GeneralRestorationNet(nn.Module):
     "The graph of IRConStyle (Fan et al. 2024) around blocks of any kind, with its encoder inside; any image size."
     multiple = 8  # sides are padded to it
+    LEFT_OUT = (r"ConStyle\.(queue|queue_ptr|encoder_k\..+)",)  # names in published files that only training needs
 
     def __init__(
         self,

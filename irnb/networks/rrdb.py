@@ -61,9 +61,33 @@ class RRDBBlock(nn.Module):
         "The input plus a fifth of the chain."
         return x + 0.2 * self.rdb3(self.rdb2(self.rdb1(x)))
 
+# %% ../../nbs/networks/13_rrdb.ipynb #8013e0cd
+_FOLDS = {None: 1, 4: 1, 2: 2, 1: 4}  # scale -> side of the square of pixels that becomes one before the network
+
+def _check(inputs: int, outputs: int, num_feat: int, num_block: int, growth: int, skip: bool, scale: object) -> None:
+    "Raise `ValueError` for a configuration that is not a network."
+    if min(inputs, outputs, num_feat, num_block, growth) < 1:
+        raise ValueError("RRDB: channels, num_feat, num_block and growth must be >= 1, "
+                         f"got {inputs}, {outputs}, {num_feat}, {num_block}, {growth}")
+    if scale is not None and type(scale) is not int or scale not in _FOLDS:
+        raise ValueError(f"RRDB: scale must be 1, 2, 4 or None (no upsampling), got {scale!r}")
+    if skip and inputs != outputs:
+        raise ValueError("RRDB: image_skip=True needs out_channels = in_channels, "
+                         f"got {outputs} and {inputs}; set image_skip=False")
+    if skip and scale not in (None, 1):
+        raise ValueError(f"RRDB: image_skip=True needs a result of the image's size, got scale={scale}; "
+                         "set image_skip=False")
+
+# %% ../../nbs/networks/13_rrdb.ipynb #701fbdf6
+def _folded(x: Tensor, side: int) -> Tensor:
+    "Squares of side x side pixels as channels; an incomplete square is filled with the image's last row or column."
+    if side == 1: return x
+    x = F.pad(x, (0, -x.shape[-1] % side, 0, -x.shape[-2] % side), mode="replicate")
+    return F.pixel_unshuffle(x, side)
+
 # %% ../../nbs/networks/13_rrdb.ipynb #2ede549e
 class RRDB(nn.Module):
-    "RRDB without upsampling (Li et al. 2023, section 4; Wang et al. 2018): 16,624,131 parameters; any image size."
+    "RRDB without upsampling (Li et al. 2023: 16,624,131 parameters) or with it (Wang et al. 2018); any image size."
     PRESETS = {
         "tiny": dict(num_feat=12, num_block=1, growth=6),
         "lite": dict(num_feat=32, num_block=4, growth=16),
@@ -79,29 +103,33 @@ class RRDB(nn.Module):
         num_block: int = 23,  # RRDB blocks of three dense blocks each
         growth: int = 32,  # channels that a convolution adds inside a dense block
         image_skip: bool = False,  # add the image itself at the end; the published network does not
+        scale: int | None = None,  # 1, 2 or 4: enlarge by that, as (Real-)ESRGAN does; None: no upsampling layers
     ):
         super().__init__()
-        if min(in_channels, out_channels, num_feat, num_block, growth) < 1:
-            raise ValueError("RRDB: channels, num_feat, num_block and growth must be >= 1, "
-                             f"got {in_channels}, {out_channels}, {num_feat}, {num_block}, {growth}")
-        if image_skip and in_channels != out_channels:
-            raise ValueError("RRDB: image_skip=True needs out_channels = in_channels, "
-                             f"got {out_channels} and {in_channels}; set image_skip=False")
-        self.image_skip = image_skip
-        self.conv_first = nn.Conv2d(in_channels, num_feat, 3, padding=1)
+        _check(in_channels, out_channels, num_feat, num_block, growth, image_skip, scale)
+        self.image_skip, self.scale, self.fold = image_skip, scale, _FOLDS[scale]
+        self.multiple = self.fold
+        self.conv_first = nn.Conv2d(in_channels * self.fold**2, num_feat, 3, padding=1)
         self.body = nn.Sequential(*[RRDBBlock(num_feat, growth) for _ in range(num_block)])
         self.conv_body = nn.Conv2d(num_feat, num_feat, 3, padding=1)
+        if scale is not None:
+            self.conv_up1 = nn.Conv2d(num_feat, num_feat, 3, padding=1)
+            self.conv_up2 = nn.Conv2d(num_feat, num_feat, 3, padding=1)
         self.conv_hr = nn.Conv2d(num_feat, num_feat, 3, padding=1)
         self.conv_last = nn.Conv2d(num_feat, out_channels, 3, padding=1)
 
     def forward(
         self,
-        x: Tensor,  # (B, in_channels, H, W), any H and W >= 1
-    ) -> Tensor:  # (B, out_channels, H, W)
+        x: Tensor,  # (B, in_channels, h, w), any h and w >= 1
+    ) -> Tensor:  # (B, out_channels, scale h, scale w)
         "The restored image."
-        first = self.conv_first(x)
+        first = self.conv_first(_folded(x, self.fold))
         trunk = first + self.conv_body(self.body(first))
+        if self.scale is not None:
+            for conv in (self.conv_up1, self.conv_up2):
+                trunk = F.leaky_relu(conv(F.interpolate(trunk, scale_factor=2, mode="nearest")), 0.2)
         result = self.conv_last(F.leaky_relu(self.conv_hr(trunk), 0.2))
+        if self.fold > 1: result = result[..., :self.scale * x.shape[-2], :self.scale * x.shape[-1]]
         return result + x if self.image_skip else result
 
     @classmethod
@@ -120,5 +148,14 @@ def _options_from(state: dict[str, Tensor]) -> dict:
     if missing: raise ValueError(f"RRDB: the weights have no 4-d tensor {missing!r}")
     first, dense, last = (state[n] for n in names)
     blocks = {key.split(".")[1] for key in state if key.startswith("body.")}
-    return dict(in_channels=first.shape[1], out_channels=last.shape[0], num_feat=first.shape[0],
-                num_block=len(blocks), growth=dense.shape[0])
+    found = dict(in_channels=first.shape[1], out_channels=last.shape[0], num_feat=first.shape[0],
+                 num_block=len(blocks), growth=dense.shape[0])
+    enlarges = {f"conv_up{k}.weight" in state for k in (1, 2)}
+    return found if enlarges == {False} else {**found, **_scale_from(first.shape[1], last.shape[0], enlarges)}
+
+def _scale_from(inputs: int, outputs: int, enlarges: set[bool]) -> dict:
+    "Factor and channels behind the first and last convolution's, for an image with as many channels as the result."
+    if enlarges != {True}: raise ValueError("RRDB: the weights have one of conv_up1 and conv_up2 only")
+    scale = {side**2 * outputs: scale for scale, side in _FOLDS.items() if scale is not None}.get(inputs)
+    if scale is None: raise ValueError(f"RRDB: {inputs} channels in and {outputs} out are of no known factor")
+    return dict(in_channels=outputs, scale=scale)

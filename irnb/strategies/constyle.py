@@ -766,7 +766,7 @@ class IRConStyle(Strategy):
         elif stored:
             self.constyle.commit(*stored)
 
-    def set_extra_state(self, state: dict) -> None:
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
         "Restore the counter; nothing is pending."
         super().set_extra_state(state)
         self._snapshot, self._statistics.pending, self._stored = None, None, []
@@ -959,9 +959,9 @@ class ConStylePretraining(Strategy):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         "The losses on batch['clean'] (B,3,H,W) in [0,1]."
-        clean, *label = self.take(batch, *self.needs)
-        generator, keep = self.generator(clean.device), self.training and torch.is_grad_enabled()
-        degraded, clean, kinds = self._views(clean, generator)
+        whole, *label = self.take(batch, *self.needs)
+        generator, keep = self.generator(whole.device), self.training and torch.is_grad_enabled()
+        degraded, clean, kinds = self._views(whole, generator)
         with self._statistics.held(keep):
             with _pooling(self.net) as student:
                 query = self.net(degraded)
@@ -972,7 +972,7 @@ class ConStylePretraining(Strategy):
         self._stored += [compared.stored] if keep else []
         total = terms["total"] + (sum(task.values()) if task else 0.0)
         self.log(task_loss=total, **{k: v for k, v in terms.items() if k != "total"}, **task)
-        return total
+        return self.noticed(total, whole)
 
     def after_step(self) -> None:
         "Commit: statistics, momentum (of the classifier too), queue, counter."

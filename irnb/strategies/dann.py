@@ -131,12 +131,13 @@ class DANN(Strategy):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         "Restoration loss on batch['degraded'] and batch['clean'] plus the domain loss, reversed for the network, on batch['real'] too; all in [0,1]."
-        self.take(batch, *self.needs)
+        batch = dict(zip(self.needs, self.take(batch, *self.needs)))
         lam = self.ramp(self.step + 1) if self.classifier is not None else 0.0
         if not lam:
             rec = pixel_loss(self.loss, self.net(batch["degraded"]), batch["clean"])
             self.log(task_loss=rec, lam=0.0)
-            return self._touch(rec)
+            unseen = [batch[key] for key in self.needs[2:]]  # a broken real picture shows before its turn
+            return self._touch(self.noticed(rec, *unseen))
         self._check(batch)
         with captured(self.net, self.layer) as features:
             restored = self.net(batch["degraded"])

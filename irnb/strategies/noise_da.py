@@ -303,7 +303,7 @@ class NoiseDA(Strategy):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         "Restoration loss plus lambda times the diffusion loss on batch['degraded'], batch['clean'] and batch['real'], all (B,C,H,W) in [0,1]."
-        self.take(batch, *self.needs)
+        batch = {**batch, **dict(zip(self.needs, self.take(batch, *self.needs)))}
         degraded, clean = batch["degraded"], batch["clean"]
         lam = self.ramp(self.step + 1) if self.diffusion is not None else 0.0
         if lam:
@@ -312,7 +312,8 @@ class NoiseDA(Strategy):
         rec = pixel_loss(self.loss, z_s, clean)
         if not lam:
             self.log(task_loss=rec, lam=0.0)
-            return self._touch(rec)
+            unseen = [batch[key] for key in self.needs[2:]]  # a broken real picture shows before its turn
+            return self._touch(self.noticed(rec, *unseen))
         x_r, r_r = self._second(degraded, r_s, batch, real)
         terms = self.diffusion(*self._stretch(degraded, r_s, x_r, r_r, self._clean(batch)), generator=self.generator(rec.device))
         self._guard(rec, terms)
@@ -550,13 +551,13 @@ class Renoised(Strategy):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         "The pixel loss on images of batch['clean'] (B,C,H,W) in [0,1] and their new degraded versions."
-        self.take(batch, *self.needs)
+        batch = dict(zip(self.needs, self.take(batch, *self.needs)))
         with torch.no_grad(), torch.autocast(batch["clean"].device.type, enabled=False):
             clean = self._enlarged(batch["clean"])
             degraded = self._degraded(clean, batch, self.generator(clean.device))
         value = pixel_loss(self.loss, self.net(degraded), clean)
         self.log(task_loss=value)
-        return value
+        return self.noticed(value, *batch.values())
 
     def _enlarged(self, clean: Tensor) -> Tensor:
         "A corner of each patch at the target's enlargement, same size."

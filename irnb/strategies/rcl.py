@@ -220,7 +220,7 @@ class RCL(Strategy):
         if self.w_excess:
             total = total + self.w_excess * excess(restored, pairs, self.sigma, self.pattern)
         self.log(task_loss=total, contrast=contrast, consistency=low, hits=partner_hits(distances) if self.w_contrast else contrast)
-        return total
+        return self.noticed(total, x)
 
 # %% ../../nbs/strategies/25_rcl.ipynb #d0444c6a
 def agreement(distances: Tensor,  # (N,N)

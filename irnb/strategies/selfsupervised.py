@@ -117,7 +117,7 @@ class Noise2Void(_Regression):
         masked = x.flatten(2).scatter(2, spots[:, None].expand(-1, x.shape[1], -1), shown[..., 0]).view_as(x)
         value = pixel_loss(self.loss, at_spots(_same_shape(self.net(masked), x, "Noise2Void"), spots), target)
         self.log(task_loss=value)
-        return value
+        return self.noticed(value, x)
 
 # %% ../../nbs/strategies/28_selfsupervised.ipynb #6b401659
 def cross_mean(x: Tensor,  # (B,C,H,W), sides >= 2
@@ -181,7 +181,7 @@ class Noise2Self(_Regression):
         restored = _same_shape(self.net(grid_masked(x, phase, self.stride)), x, "Noise2Self")
         value = pixel_loss(self.loss, restored[..., row::self.stride, column::self.stride], x[..., row::self.stride, column::self.stride])
         self.log(task_loss=value)
-        return value
+        return self.noticed(value, x)
 
 # %% ../../nbs/strategies/28_selfsupervised.ipynb #95af3fa6
 _ADJACENT = ((0, 1), (1, 0), (0, 2), (2, 0), (1, 3), (3, 1), (2, 3), (3, 2))  # ordered pairs of a 2x2 cell, row-major
@@ -226,7 +226,7 @@ class Neighbor2Neighbor(Strategy):
         regression = (restored - second).square().mean()
         correction = (restored - second - self._expected(x, one, two)).square().mean() if self.gamma else regression.new_zeros(())
         self.log(task_loss=regression, correction=correction)
-        return regression + self.gamma * correction
+        return self.noticed(regression + self.gamma * correction, x)
 
     @torch.no_grad()
     def _expected(self, x: Tensor, one: Tensor, two: Tensor) -> Tensor:
@@ -327,7 +327,7 @@ class SimCLR(Strategy):
         contrast, low = nt_xent(distances, self.tau), low_frequency_distance(restored, views, self.sigma)
         total = self.w_contrast * contrast + self.w_consistency * low
         self.log(task_loss=total, contrast=contrast, consistency=low, hits=partner_hits(distances))
-        return total
+        return self.noticed(total, x)
 
 # %% ../../nbs/strategies/28_selfsupervised.ipynb #7722fce7
 class LowFrequency(Strategy):

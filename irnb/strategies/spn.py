@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .features import FeatureDistance, FeatureExtractor, feature_extractor
-from .strategy import Frozen, Strategy, checked_number, follow_tensors, mix_seed, pick_loss, pixel_loss, surrogate
+from .strategy import (Frozen, Strategy, checked_number, follow_tensors, mix_seed, pack_state, pick_loss,
+                                      pixel_loss, surrogate, unpack_state)
 
 # %% auto #0
 __all__ = ['RELEASED_NEGATIVES', 'SPN_PRESETS', 'RELEASED_TRAINING', 'AGAINST', 'CR_EXTRACTOR', 'NegativeSpec', 'as_negatives',
@@ -345,14 +346,19 @@ class CalibratedWeight(nn.Module):
             warnings.warn(f"SPN: at step {step} the contrastive gradient is {ratio:.2f} times that of the loss (lam {self.lam:.3g}); above 1 the training stops", stacklevel=2)
         self._warned = ratio > 0.5
 
-    def get_extra_state(self) -> dict:
-        "The weight, the last ratio, and what an unfinished calibration has found."
-        return {"lam": self.lam, "ratio": self.ratio, "found": list(self._found)}
+    def get_extra_state(self) -> Tensor:
+        "The weight, the last ratio, and what a calibration has found so far (zeros for the rest)."
+        return pack_state(self.lam, self.ratio, *self._found, *[0.0] * (self.batches - len(self._found)))
 
-    def set_extra_state(self, state: dict) -> None:
-        "Restore them; a fixed lam stays the constructor's."
-        self.ratio, self._found = state["ratio"], list(state["found"])
-        self.lam = state["lam"] if self.rho is not None else self.lam
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
+        "Restore them, from the dictionary of an earlier version too; a fixed lam stays the constructor's."
+        if isinstance(state, Mapping):
+            lam, self.ratio, found = unpack_state("SPN: the weight", state, "lam", "ratio", "found")
+        else:
+            names = ("lam", "ratio", *(f"found_{i}" for i in range(self.batches)))
+            lam, self.ratio, *found = unpack_state("SPN: the weight", state, *names)
+        self.lam = lam if self.rho is not None else self.lam
+        self._found = [unit for unit in found if unit > 0]
 
 # %% ../../nbs/strategies/23_spn.ipynb #b93eac38
 class SPNTerms(NamedTuple):

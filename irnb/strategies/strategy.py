@@ -16,15 +16,16 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['LOSSES', 'mix_seed', 'Strategy', 'l1', 'mse', 'charbonnier', 'psnr_loss', 'Supervised', 'pick_loss', 'pixel_loss',
-           'ToyNet', 'surrogate', 'checked_number', 'Frozen', 'tensors_of', 'follow_tensors', 'ContractError',
-           'toy_batch', 'contract']
+__all__ = ['LOSSES', 'mix_seed', 'pack_state', 'unpack_state', 'Strategy', 'l1', 'mse', 'charbonnier', 'psnr_loss', 'Supervised',
+           'pick_loss', 'pixel_loss', 'ToyNet', 'surrogate', 'checked_number', 'Frozen', 'tensors_of', 'follow_tensors',
+           'ContractError', 'toy_batch', 'contract']
 
 # %% ../../nbs/strategies/20_strategy.ipynb #67c08742
 def mix_seed(*parts: int,  # integers of any size, such as (seed, step, call)
@@ -37,6 +38,30 @@ def mix_seed(*parts: int,  # integers of any size, such as (seed, step, call)
         state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
         state ^= state >> 31
     return state >> 1
+
+# %% ../../nbs/strategies/20_strategy.ipynb #e7a5d001
+def pack_state(*values: float,  # counters and other numbers that a resume needs
+               ) -> Tensor:  # (n,) float64, on the CPU
+    "Numbers as one tensor, for `get_extra_state`."
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def unpack_state(where: str,  # whose state it is, for the message
+                 state: Tensor | Mapping[str, Any],  # what was stored; earlier versions wrote a dictionary
+                 *names: str,  # of the numbers, in the order of `pack_state`
+                 ) -> list[float]:
+    "The numbers again; raises ValueError if the stored ones are others."
+    if isinstance(state, Mapping):
+        if missing := [name for name in names if name not in state]:
+            raise ValueError(f"{where}: the stored state lacks {missing[0]!r}; another version wrote it, "
+                             "so start this training anew")
+        return [state[name] for name in names]
+    values = state.flatten().tolist()
+    if len(values) != len(names):
+        raise ValueError(f"{where}: the stored state has {len(values)} numbers, "
+                         f"not the {len(names)} of {', '.join(names)}; another version or other options wrote it, "
+                         "so start this training anew")
+    return values
 
 # %% ../../nbs/strategies/20_strategy.ipynb #3ea994fd
 class Strategy(nn.Module, ABC):
@@ -74,12 +99,23 @@ class Strategy(nn.Module, ABC):
         return [self]
 
     def take(self, batch: Mapping[str, Tensor], *keys: str) -> tuple[Tensor, ...]:
-        "The named entries of a batch; raises ValueError naming a missing key and the strategy."
+        "The named entries of a batch, half types as float32; ValueError names a missing key and the strategy."
         for key in keys:
             if key not in batch:
                 raise ValueError(f"{type(self).__name__} needs batch[{key!r}], but the batch has {sorted(batch)}; "
                                  f"it needs {list(self.needs)}")
-        return tuple(batch[key] for key in keys)
+        return tuple(self._widened(batch[key]) for key in keys)
+
+    def _widened(self, x: Tensor) -> Tensor:
+        "Half types as float32, unless the network's weights are of that type too; float64 and integers stay."
+        if not isinstance(x, Tensor) or x.dtype not in (torch.float16, torch.bfloat16):
+            return x
+        own = next((p.dtype for p in self.net.parameters()), torch.float32)
+        return x if own == x.dtype else x.float()
+
+    def noticed(self, loss: Tensor, *entries: Tensor) -> Tensor:
+        "The loss, or NaN where an entry is not finite in a part that the loss left out; without a wait."
+        return loss + sum((0.0 * x.detach().sum()).to(loss.dtype) for x in entries)
 
     def log(self, **values: Tensor) -> None:
         "Replace `logs` by these scalars, detached and left on their device."
@@ -92,13 +128,13 @@ class Strategy(nn.Module, ABC):
         self._calls += 1
         return generator
 
-    def get_extra_state(self) -> dict:
+    def get_extra_state(self) -> Tensor:
         "The step counter, so that `state_dict()` alone resumes."
-        return {"step": self.step}
+        return pack_state(self.step)
 
-    def set_extra_state(self, state: dict) -> None:
-        "Restore the step counter."
-        self.step, self._calls = int(state["step"]), 0
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
+        "Restore the step counter, from the dictionary of an earlier version too."
+        self.step, self._calls = int(unpack_state(type(self).__name__, state, "step")[0]), 0
 
 # %% ../../nbs/strategies/20_strategy.ipynb #adb02f4f
 def l1(restored: Tensor,  # (B,C,H,W)
@@ -342,6 +378,9 @@ def _check_repeatable(make, batches) -> None:
 def _check_resume(make, batches) -> None:
     whole = make()
     _loop(whole, batches)
+    other = [name for name, value in whole.state_dict().items() if not isinstance(value, Tensor)]
+    _demand(not other, "resume bit-exact", f"state_dict() holds {other}, no tensors; make them some with pack_state, "
+            "for safetensors and Accelerate")
     half, (_, opt) = (s := make()), _loop(s, batches[:3])
     stored = io.BytesIO()
     torch.save({"strategy": half.state_dict(), "opt": opt.state_dict()}, stored)
@@ -394,6 +433,26 @@ def _check_net_untouched(make, make_net, batches) -> None:
     _demand(not any(m.training for f in strategy.modules() if isinstance(f, Frozen) for m in f.modules()), "frozen copies",
             "train() took a frozen copy out of eval mode")
 
+# %% ../../nbs/strategies/20_strategy.ipynb #e7a5d004
+def _broken(batch: Mapping[str, Tensor], key: str, at: float) -> dict[str, Tensor]:
+    "The batch with one NaN in that entry, in the first picture, in the middle or in the last."
+    x = batch[key].clone()
+    x[tuple(int(at * (n - 1)) for n in x.shape)] = math.nan
+    return {**batch, key: x}
+
+
+def _check_nan(make, batches) -> None:
+    strategy = make()
+    _loop(strategy, batches[:1])  # ranges are looked at in the first step only
+    for key in strategy.needs:
+        for at in (0, .5, 1) if batches[1][key].is_floating_point() else ():
+            try:
+                loss = strategy(_broken(batches[1], key, at)).detach()
+            except (ValueError, ArithmeticError):
+                continue
+            _demand(not bool(torch.isfinite(loss)), "NaN noticed",
+                    f"one NaN in batch[{key!r}] gives the loss {float(loss):.3g}; let the loss see the whole entry, or return self.noticed(loss, entry)")
+
 # %% ../../nbs/strategies/20_strategy.ipynb #e3e7a0a7
 def _check_restorer(make, make_net, batches, options) -> None:
     strategy = make()
@@ -445,8 +504,7 @@ def _gloo_worker(folder: str, rank: int, world: int) -> None:
         opt.step()
         strategy.after_step()
     dist.destroy_process_group()
-    state = {k: v for k, v in strategy.state_dict().items() if isinstance(v, Tensor)}
-    torch.save(state, Path(folder, f"state{rank}"))
+    torch.save(strategy.state_dict(), Path(folder, f"state{rank}"))
 
 
 def _run_gloo(strategy: Strategy, batches, world: int = 2) -> list[dict[str, Tensor]]:
@@ -470,7 +528,7 @@ def _check_two_processes(make, batches, same_as_one: bool) -> None:
         alone = make()
         _loop(alone, batches[:3])
         for name, value in alone.state_dict().items():
-            if isinstance(value, Tensor):
+            if not name.endswith("_extra_state"):  # counters of images count a process's own
                 _demand(torch.allclose(value.float(), first[name].float(), rtol=1e-3, atol=1e-4), "two gloo processes",
                         f"{name} differs from one process on the whole batch by {(value.float() - first[name].float()).abs().max():.2e}")
 
@@ -504,7 +562,8 @@ def contract(factory: Callable[[nn.Module], Strategy],  # net -> strategy; every
                   "no lasting effect": lambda: _check_no_side_effect(make, batches), "missing key": lambda: _check_missing_key(make, batches),
                   "network unedited": lambda: _check_net_untouched(make, make_net, batches),
                   "restorer": lambda: _check_restorer(make, make_net, batches, dict(options or {})),
-                  "copies": lambda: _check_copies(make, batches), "bf16 autocast": lambda: _check_autocast(make, batches)}
+                  "copies": lambda: _check_copies(make, batches), "bf16 autocast": lambda: _check_autocast(make, batches),
+                  "NaN noticed": lambda: _check_nan(make, batches)}
         if reduced:
             checks["reduction exact"] = lambda: _check_reduction(lambda: reduced(make_net()), make_net, batches)
         if processes:
