@@ -979,7 +979,7 @@ def test_a_batch_that_is_not_finite_shows_in_the_loss(variant, pixels):
 
 
 @pytest.mark.parametrize("entry", ["degraded", "clean"])
-@pytest.mark.parametrize("variant", ["sf", "ps", "ss"])
+@pytest.mark.parametrize("variant", ["sf", "ps", "ss", "erm_sequential", "lookahead"])
 def test_a_nan_in_one_type_of_a_paired_batch_shows_in_the_loss(variant, entry):
     for place in (0, 1):   # whichever type comes first in the chain
         batch = toy_batch()

@@ -935,6 +935,8 @@ def _hand_over(self: DIL, found: Direction, state: Any, refresh: ConfounderBatch
     "Surrogate loss, logs, pending changes; a skipped step where something is not finite."
     parameters = [p for p in self.net.parameters() if p.requires_grad]
     grads, value, phi = list(found.grads.values()), found.support_loss, found.query_loss
+    if self.base in ("erm_sequential", "lookahead"):
+        value = value + _nought(self, batch).to(value)  # the loss looked at one type of a paired batch
     cost = {"grad_images": found.n_grad_images, "hvps": found.n_hvp, "hvp_images": found.n_hvp_images}
     if self.max_skips is not None:
         norm = torch.stack(torch._foreach_norm(grads)).sum()
@@ -951,8 +953,13 @@ def _loss_at_theta(self: DIL, found: Direction, batch: Mapping[str, Tensor]) -> 
     "The loss before any virtual step (of the chains: the first); NaN if an image has a value that is not finite."
     chain = self.base == "sf" or self.base == "ss" and self.switches["serial"] == "chain"
     value = next(iter(found.losses.values())) if chain else found.support_loss
+    return value.detach() + _nought(self, batch).to(value)
+
+
+def _nought(self: DIL, batch: Mapping[str, Tensor]) -> Tensor:
+    "0, or NaN where an image of the batch holds a value that is not finite; nothing waits for the device."
     images = [batch[name] for name in (*self.needs, "query") if name in batch]
-    return value.detach() + sum((x * 0).sum() for x in images).to(value)
+    return sum((x.detach() * 0).sum() for x in images)
 
 
 def _skip(self: DIL, found: Direction, parameters: list[Tensor], cost: dict[str, int], batch: Mapping[str, Tensor],
