@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from irnb.results.baselines import untrained
-from irnb.results.figures import _signed, curves, gallery, generalisation_map, save_figure, textured_box
+from irnb.results.figures import _signed, curves, gallery, generalisation_map, save_figure, textured_box, training_figure
 from irnb.results.measure import panel
 from irnb.results.table import summary
 from tests.result_rows import item, needs_matplotlib, table, without
@@ -158,3 +158,25 @@ def test_textured_box_finds_the_texture():
     top, left, side = textured_box(clean, 16)
     assert (top, left, side) == (40, 64, 16)
     assert textured_box(clean[..., :3, :5], 48) == (0, 0, 3) and textured_box(clean[..., :1, :1]) == (0, 0, 1)
+
+
+@needs_matplotlib
+def test_marked_strategies_carry_a_dagger_and_a_note():
+    note = "† saw the unseen settings in training"
+    drawn = generalisation_map(table(), n=20, marked=["ours"])
+    assert [t.get_text() for t in drawn.axes[0].get_yticklabels()] == ["supervised\n(dB, absolute)", "degraded", "ours †"]
+    assert any(note in t for t in texts(drawn)) and any(note in t for t in texts(curves(table(), n=20, marked=["ours"])))
+    assert [line.get_label() for line in curves(table(), n=20, marked=["ours"]).axes[0].lines] == ["degraded", "supervised", "ours †"]
+    for figure in (generalisation_map(table(), n=20), curves(table(), n=20, marked=["absent"]), generalisation_map(table(), n=20, marked=["absent"])):
+        assert not any("†" in t for t in texts(figure))
+    reference = generalisation_map(table(), n=20, marked=["supervised"])
+    assert reference.axes[0].get_yticklabels()[0].get_text() == "supervised †\n(dB, absolute)"
+
+
+@needs_matplotlib
+def test_runs_of_one_strategy_look_alike():
+    logged = [dict(run=run, strategy=run[0], step=str(s), task_loss=str(1 / s)) for run in ("a0", "b0", "a1") for s in (1, 2)]
+    ax = training_figure(logged, {"task_loss": "loss"}).axes[0]
+    first, second, third = ax.lines
+    assert first.get_color() == third.get_color() != second.get_color() and list(third.get_xdata()) == [1, 2]
+    assert len(training_figure(logged).axes[1].lines) == 0   # nobody logged the second quantity

@@ -149,3 +149,9 @@ def test_markdown_table():
         markdown_table([])
     with pytest.raises(ValueError, match="row 2 has other columns"):
         markdown_table([dict(a=1), dict(b=1)])
+
+
+def test_a_marked_strategy_carries_a_dagger():
+    plain, shown = summary(table()), summary(table(), marked=["ours", "absent"])
+    assert [r["strategy"] for r in shown] == ["degraded", "supervised", "ours †"]
+    assert [dict(r, strategy="") for r in shown] == [dict(r, strategy="") for r in plain]

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'MEANS', 'RESERVED', 'Row', 'TableError', 'check_rows', 'write_table', 'read_table', 'Pair', 'Cell',
-           'Cells', 'select_cells', 'listed', 'look_up', 'matrix', 'summary', 'markdown_table', 'Restorer',
-           'as_example', 'device_of', 'evaluating', 'restored_item', 'METRICS', 'evaluate', 'panel', 'identity',
-           'estimate_sigma', 'non_local_means', 'wavelet', 'untrained', 'GlobalBlur', 'ScaledResidual', 'post_controls',
-           'Differences', 'differences_of', 'paired_differences', 'Interval', 'bootstrap', 'paired_bootstrap',
-           'gap_closed', 'sign_flip', 'holm', 'SeedTest', 'seed_test', 'gain_columns', 'gains', 'save_figure',
-           'generalisation_map', 'curves', 'textured_box', 'gallery', 'QUANTITIES', 'training_figure']
+           'Cells', 'select_cells', 'listed', 'look_up', 'matrix', 'MARK', 'MARK_NOTE', 'marked_name', 'summary',
+           'markdown_table', 'DIGITS', 'KEYS', 'picture_means', 'MADE_BY', 'write_results', 'Results', 'read_results',
+           'Restorer', 'as_example', 'device_of', 'evaluating', 'restored_item', 'METRICS', 'evaluate', 'panel',
+           'identity', 'estimate_sigma', 'non_local_means', 'wavelet', 'untrained', 'GlobalBlur', 'ScaledResidual',
+           'post_controls', 'Differences', 'differences_of', 'paired_differences', 'Interval', 'bootstrap',
+           'paired_bootstrap', 'gap_closed', 'sign_flip', 'holm', 'SeedTest', 'seed_test', 'gain_columns', 'gains',
+           'compare', 'comparison_text', 'save_figure', 'generalisation_map', 'curves', 'textured_box', 'gallery',
+           'QUANTITIES', 'training_figure']
 
 # %% ../../nbs/bench/results/index.ipynb #r0resu03
 from typing import TYPE_CHECKING
@@ -19,9 +21,12 @@ from ..networks import room
 __getattr__, __dir__ = room(__name__)
 
 if TYPE_CHECKING:
-    from irnb.results.table import COLUMNS, Cell, Cells, MEANS, Pair, RESERVED, Row, TableError
-    from irnb.results.table import check_rows, listed, look_up, markdown_table, matrix, read_table
-    from irnb.results.table import select_cells, summary, write_table
+    from irnb.results.table import COLUMNS, Cell, Cells, MARK, MARK_NOTE, MEANS, Pair, RESERVED
+    from irnb.results.table import Row, TableError, check_rows, listed, look_up, markdown_table
+    from irnb.results.table import marked_name, matrix, read_table, select_cells, summary
+    from irnb.results.table import write_table
+    from irnb.results.folder import DIGITS, KEYS, MADE_BY, Results, picture_means, read_results
+    from irnb.results.folder import write_results
     from irnb.results.measure import METRICS, Restorer, as_example, device_of, evaluate, evaluating
     from irnb.results.measure import panel, restored_item
     from irnb.results.baselines import GlobalBlur, ScaledResidual, estimate_sigma, identity
@@ -29,19 +34,23 @@ if TYPE_CHECKING:
     from irnb.results.statistics import Differences, Interval, SeedTest, bootstrap, differences_of
     from irnb.results.statistics import gain_columns, gains, gap_closed, holm, paired_bootstrap
     from irnb.results.statistics import paired_differences, seed_test, sign_flip
+    from irnb.results.comparison import compare, comparison_text
     from irnb.results.figures import QUANTITIES, curves, gallery, generalisation_map, save_figure
     from irnb.results.figures import textured_box, training_figure
 
 # %% ../../nbs/bench/results/index.ipynb #r0resu04
 _all_ = [
     "COLUMNS", "MEANS", "RESERVED", "Row", "TableError", "check_rows", "write_table", "read_table",
-    "Pair", "Cell", "Cells", "select_cells", "listed", "look_up", "matrix", "summary", "markdown_table",
+    "Pair", "Cell", "Cells", "select_cells", "listed", "look_up", "matrix", "MARK", "MARK_NOTE",
+    "marked_name", "summary", "markdown_table",
+    "DIGITS", "KEYS", "picture_means", "MADE_BY", "write_results", "Results", "read_results",
     "Restorer", "as_example", "device_of", "evaluating", "restored_item", "METRICS", "evaluate",
     "panel",
     "identity", "estimate_sigma", "non_local_means", "wavelet", "untrained", "GlobalBlur",
     "ScaledResidual", "post_controls",
     "Differences", "differences_of", "paired_differences", "Interval", "bootstrap", "paired_bootstrap",
     "gap_closed", "sign_flip", "holm", "SeedTest", "seed_test", "gain_columns", "gains",
+    "compare", "comparison_text",
     "save_figure", "generalisation_map", "curves", "textured_box", "gallery", "QUANTITIES",
     "training_figure",
 ]

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..images import replacing
 from ..metrics import psnr
 from .statistics import Interval, bootstrap, differences_of, gain_columns, gains
-from .table import MEANS, Cells, Row, look_up, matrix, select_cells
+from .table import MARK_NOTE, MEANS, Cells, Row, look_up, marked_name, matrix, select_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -192,8 +192,17 @@ def _draw_map(
     _draw_brackets(ax, columns)
 
 
+def _mark(ax: Any, names: Sequence[str], marked: Iterable[str]) -> str:
+    "Names of the lines of the map, with a dagger where it is due; the note that explains it, or nothing."
+    labels = [tick.get_text() for tick in ax.get_yticklabels()]
+    shown = [label.replace(name, marked_name(name, marked), 1) for label, name in zip(labels, names)]
+    ax.set_yticks(ax.get_yticks(), shown)
+    return "" if shown == labels else f"\n{MARK_NOTE}"
+
+# %% ../../nbs/bench/results/figures.ipynb #r5figs31
 def _map_figure(
     cells: _Gains, strategies: list[str], columns: _Columns, limit: float, metric: str, title: str,
+    marked: Iterable[str],
 ) -> Figure:
     "The map with its colour bar and its small print."
     from matplotlib.cm import ScalarMappable
@@ -206,7 +215,8 @@ def _map_figure(
     label = f"gain over {reference} ({_unit(metric)[0]})"
     figure.colorbar(colours, ax=ax, label=label, fraction=.06, pad=.02, extend=_arrows(cells, limit))
     ax.set_title(f"{title}\n", fontsize=11, pad=2)
-    figure.supxlabel(_map_note(cells, reference, metric), fontsize=8)
+    note = _map_note(cells, reference, metric) + _mark(ax, strategies, marked)
+    figure.supxlabel(note, fontsize=8)
     return _freeze(figure)
 
 # %% ../../nbs/bench/results/figures.ipynb #r5figs11
@@ -230,6 +240,7 @@ def generalisation_map(
     n: int = 10_000,                            # bootstrap resamples
     seed: int = 0,                              # of the resampling
     title: str | None = None,
+    marked: Iterable[str] = (),                 # strategies that get a dagger: they saw the unseen settings
 ) -> Figure:
     "Strategies x settings, coloured by the gain over the reference. `ValueError` for an unknown strategy."
     rows = list(rows)
@@ -243,7 +254,7 @@ def generalisation_map(
         limit = _largest_gain(rows, cells)
     if not limit > 0:
         raise ValueError(f"limit must be > 0, got {limit}")
-    return _map_figure(cells, wanted, columns, limit, metric, title or "Generalisation map")
+    return _map_figure(cells, wanted, columns, limit, metric, title or "Generalisation map", marked)
 
 # %% ../../nbs/bench/results/figures.ipynb #0cc0797b
 def _places(settings: Mapping[str, bool], positions: Mapping[str, float] | None) -> dict[str, float] | None:
@@ -327,12 +338,13 @@ def curves(
     metric: str = "psnr",
     *,
     reference: str | None = None,                    # None: absolute values; else gains over this strategy
-    positions: Mapping[str, float] | None = None,    # setting -> parameter; None: the number in its name, else rank
+    positions: Mapping[str, float] | None = None,    # of settings; None: the number in the name, or rank
     strategies: Sequence[str] | None = None,         # None: all
     task: str | None = None,                         # needed if the table holds several
     xlabel: str = "setting",
     n: int = 2_000,                                  # bootstrap resamples
     seed: int = 0,                                   # of the resampling
+    marked: Iterable[str] = (),                      # strategies that get a dagger, see `MARK_NOTE`
 ) -> Figure:
     "Metric against setting: a line and a 95 % band per strategy. `ValueError` for unknown names."
     cells, settings = select_cells(rows, metric, task)
@@ -346,9 +358,10 @@ def curves(
         where = _side_by_side(ax, settings)
     for k, name in enumerate(names):
         points = {where[s]: _point(cells, name, reference, s, n, seed) for s in cells[name]}
-        _draw_curve(ax, k, name, points)
+        _draw_curve(ax, k, marked_name(name, marked), points)
     _shade_seen(ax, where, settings, .4 if ranked else 0)
-    ax.set(xlabel=xlabel, ylabel=_label(metric, reference))
+    note = f"\n{MARK_NOTE}" if set(names) & set(marked) else ""
+    ax.set(xlabel=xlabel + note, ylabel=_label(metric, reference))
     _draw_legend(ax, many)
     return _freeze(ax.figure)
 

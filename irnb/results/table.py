@@ -19,8 +19,9 @@ import numpy as np
 from ..images import replacing
 
 # %% auto #0
-__all__ = ['COLUMNS', 'MEANS', 'RESERVED', 'Row', 'Pair', 'Cell', 'Cells', 'TableError', 'check_rows', 'write_table',
-           'read_table', 'select_cells', 'listed', 'look_up', 'matrix', 'summary', 'markdown_table']
+__all__ = ['COLUMNS', 'MEANS', 'RESERVED', 'Row', 'Pair', 'Cell', 'Cells', 'MARK', 'MARK_NOTE', 'TableError', 'check_rows',
+           'write_table', 'read_table', 'select_cells', 'listed', 'look_up', 'matrix', 'marked_name', 'summary',
+           'markdown_table']
 
 # %% ../../nbs/bench/results/table.ipynb #967f3a60
 COLUMNS = ("image", "task", "setting", "seen", "strategy", "seed", "metric", "value")
@@ -265,6 +266,18 @@ def matrix(
     values = [[cell[s, i] for i in images] for s in seeds]
     return seeds, images, np.array(values, dtype=np.float64)
 
+# %% ../../nbs/bench/results/table.ipynb #r1tableh
+MARK = "†"
+MARK_NOTE = f"{MARK} saw the unseen settings in training"
+
+
+def marked_name(
+    strategy: str,
+    marked: Iterable[str],   # strategies that saw the unseen settings
+) -> str:
+    "The name under which a strategy is shown."
+    return f"{strategy} {MARK}" if strategy in set(marked) else strategy
+
 # %% ../../nbs/bench/results/table.ipynb #df2393cf
 def _same_images(cells: Cells, setting: str) -> None:
     "Raise if two strategies were measured on different images in one setting."
@@ -315,6 +328,7 @@ def summary(
     metrics: str | Sequence[str] | None = None,   # None: all that occur
     *,
     task: str | None = None,                      # needed if the table holds several
+    marked: Iterable[str] = (),                   # strategies that get a dagger, see `MARK_NOTE`
 ) -> list[Row]:   # strategy, metric, seeds (0: untrained), one column per setting, then "seen" and "unseen"
     "Means over images, then seeds. Raises `ValueError` if strategies cover different images."
     rows = list(rows)
@@ -323,7 +337,8 @@ def summary(
     names = [metrics] if isinstance(metrics, str) else list(metrics)
     if not names:
         raise ValueError("summary: the table has no rows")
-    return [row for name in names for row in _summary(*select_cells(rows, name, task), name)]
+    table = [row for name in names for row in _summary(*select_cells(rows, name, task), name)]
+    return [row | {"strategy": marked_name(row["strategy"], marked)} for row in table]
 
 # %% ../../nbs/bench/results/table.ipynb #222f4360
 def _shown(value: Any, digits: int) -> str:
