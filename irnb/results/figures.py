@@ -57,7 +57,7 @@ def save_figure(
     suffix = Path(path).suffix.lower()
     if suffix not in _METADATA:
         raise ValueError(f"{path}: save_figure writes .png and .svg, not {suffix or 'no suffix'}")
-    options = dict(format=suffix[1:], dpi=dpi, metadata=_METADATA[suffix])
+    options: dict[str, Any] = dict(format=suffix[1:], dpi=dpi, metadata=_METADATA[suffix])
     with replacing(path) as file, matplotlib.rc_context({"svg.hashsalt": "irnb"}):
         _freeze(figure).savefig(file, bbox_inches="tight", facecolor="white", **options)
 
@@ -264,10 +264,10 @@ def _places(settings: Mapping[str, bool], positions: Mapping[str, float] | None)
         if gone:
             raise ValueError(f"positions: no value for the settings {gone}")
         return {s: float(positions[s]) for s in settings}
-    parts = {s: re.fullmatch(r"(.*?)(\d+(?:\.\d+)?)", s) for s in settings}
-    if None in parts.values() or len({m[1] for m in parts.values()}) > 1:
+    matches = [m for s in settings if (m := re.fullmatch(r"(.*?)(\d+(?:\.\d+)?)", s))]
+    if len(matches) < len(settings) or len({m[1] for m in matches}) > 1:
         return None
-    return {s: float(m[2]) for s, m in parts.items()}
+    return {m[0]: float(m[2]) for m in matches}
 
 
 def _shade_seen(ax: Any, where: Mapping[str, float], settings: Mapping[str, bool], margin: float) -> None:
@@ -352,14 +352,12 @@ def curves(
     _known([*names, *([reference] if reference else [])], cells)
     many = len(names) > 6
     ax = _curves_axes(many)
-    where = _places(settings, positions)
-    ranked = where is None
-    if ranked:
-        where = _side_by_side(ax, settings)
+    places = _places(settings, positions)
+    where = places or _side_by_side(ax, settings)
     for k, name in enumerate(names):
         points = {where[s]: _point(cells, name, reference, s, n, seed) for s in cells[name]}
         _draw_curve(ax, k, marked_name(name, marked), points)
-    _shade_seen(ax, where, settings, .4 if ranked else 0)
+    _shade_seen(ax, where, settings, 0 if places else .4)
     note = f"\n{MARK_NOTE}" if set(names) & set(marked) else ""
     ax.set(xlabel=xlabel + note, ylabel=_label(metric, reference))
     _draw_legend(ax, many)

@@ -44,7 +44,7 @@ def picture_means(
 MADE_BY = ("function", "commit", "command")   # entries of a producer
 
 
-def _about(environment: Mapping[str, Any], producer: Mapping[str, str]) -> dict[str, Any]:
+def _about(environment: Mapping[str, Any] | str, producer: Mapping[str, str]) -> dict[str, Any]:
     "The content of `about.json`, checked."
     about = {**producer, "environment": environment}
     for name in (*MADE_BY, "environment"):

@@ -209,7 +209,7 @@ def gap_closed(
 ) -> Interval:                           # a share: 0 none of the gap, 1 all of it
     "Share of the oracle's gain with its interval; `ValueError` if it does not gain in every resample."
     rows = list(rows)
-    options = dict(metric=metric, task=task, group=group)
+    options: dict[str, Any] = dict(metric=metric, task=task, group=group)
     own = paired_differences(rows, strategy, reference, setting, **options)
     best = paired_differences(rows, oracle, reference, setting, **options)
     if own[1:] != best[1:]:
@@ -237,12 +237,12 @@ def holm(
     p: Sequence[float],   # p-values of one family of comparisons, each in [0, 1]
 ) -> np.ndarray:          # adjusted p-values in the same order
     "Holm's correction for many comparisons (Scand. J. Statistics 6, 1979). `ValueError` outside [0, 1]."
-    p = np.asarray(p, dtype=np.float64)
-    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
+    values = np.asarray(p, dtype=np.float64)
+    if values.ndim != 1 or not ((values >= 0) & (values <= 1)).all():
         raise ValueError(f"holm: needs p-values in [0, 1], got {p}")
-    order = np.argsort(p, kind="stable")
-    rising = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
-    adjusted = np.empty_like(p)
+    order = np.argsort(values, kind="stable")
+    rising = np.maximum.accumulate(values[order] * np.arange(values.size, 0, -1))
+    adjusted = np.empty_like(values)
     adjusted[order] = np.minimum(rising, 1)
     return adjusted
 

@@ -48,7 +48,7 @@ def _is_seed(value: Any) -> bool:
     "A dash or an integer that is not negative."
     if isinstance(value, str):
         return value == "-"
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def _is_number(value: Any) -> bool:
@@ -117,7 +117,8 @@ def _fields(row: Mapping[str, Any]) -> list[Any]:
     "A row as the fields of one CSV line."
     flag = "true" if row["seen"] else "false"
     value = format(float(row["value"]), ".9g")
-    return [(row | {"seen": flag, "value": value})[c] for c in COLUMNS]
+    fields = {**row, "seen": flag, "value": value}
+    return [fields[c] for c in COLUMNS]
 
 
 def write_table(
@@ -291,8 +292,9 @@ def _same_images(cells: Cells, setting: str) -> None:
 
 def _mean(values: Iterable[float | None]) -> float | None:
     "Mean, or None if a value is missing or there is none."
-    values = list(values)
-    return None if not values or None in values else float(np.mean(values))
+    every = list(values)
+    known = [v for v in every if v is not None]
+    return float(np.mean(known)) if known and len(known) == len(every) else None
 
 
 def _seed_count(own: Mapping[str, Cell]) -> int:
@@ -354,7 +356,7 @@ def _decimals(row: Mapping[str, Any], digits: Mapping[str, int] | int | None) ->
     if isinstance(digits, int):
         return digits
     chosen = {"ssim": 4} | dict(digits or {})
-    return chosen.get(row.get("metric"), 2)
+    return chosen.get(row.get("metric", ""), 2)
 
 
 def _line(entries: Iterable[str]) -> str:
