@@ -42,10 +42,10 @@ def test_same_rows_same_bytes_and_other_files_stay(tmp_path):
 
 
 def test_the_pictures_are_a_tidy_table_and_the_means_have_few_digits(tmp_path):
-    write_results(tmp_path, [row(value=1 / 3), row(image="b", value=2.0), row(image="c", seed="-", strategy="x", value=math.inf)], HERE, MADE)
+    write_results(tmp_path, [row(value=1 / 3), row(image="b", value=2.0), row(image="c", seed="-", strategy="first", value=math.inf)], HERE, MADE)
     assert [r["value"] for r in read_table(tmp_path / "pictures.csv")] == [.3333, 2.0, math.inf]
     assert (tmp_path / "means.csv").read_text().splitlines() == [
-        "task,strategy,seed,setting,seen,metric,images,value", "denoise,s,0,sigma_15,true,psnr,2,1.1667", "denoise,x,-,sigma_15,true,psnr,1,inf"]
+        "task,strategy,seed,setting,seen,metric,images,value", "denoise,s,0,sigma_15,true,psnr,2,1.1667", "denoise,first,-,sigma_15,true,psnr,1,inf"]
     assert [r["seed"] for r in read_results(tmp_path).means] == [0, "-"]
 
 
