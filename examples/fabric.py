@@ -12,7 +12,7 @@ from lightning_fabric import Fabric     # the same as `from lightning.fabric imp
 from torch import nn
 
 from irnb.data import Loader, benchmark, scan, split, task, write_patches
-from irnb.evaluation import evaluate, markdown_table, summary
+from irnb.results import evaluate, markdown_table, summary
 from irnb.strategies import SPN, Supervised
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from irnb.data import Loader, benchmark, scan, split, task, write_patches
-from irnb.evaluation import evaluate, markdown_table, summary
+from irnb.results import evaluate, markdown_table, summary
 from irnb.strategies import DIL, Supervised
 from irnb.training import pick_device
 

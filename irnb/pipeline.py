@@ -31,11 +31,11 @@ __all__ = ['UNTRAINED', 'OPTIONAL', 'SECTIONS', 'ENTRY', 'BATCHES', 'KINDS', 'LA
            'find_class', 'run_settings', 'start_of', 'photographs', 'pick_pictures', 'read_corpus', 'synthesize',
            'read_real', 'read_noisy', 'read_pairs', 'halves', 'sources', 'starts', 'prepare', 'scaled',
            'initial_network', 'validation_psnr', 'open_loader', 'begin_from', 'pretrained_file', 'train_run',
-           'pretrain_run', 'evaluate_run', 'baselines', 'without_perfect', 'training_figure', 'in_place', 'report',
-           'label_rows', 'show_results', 'largest_differences', 'compare', 'main']
+           'pretrain_run', 'evaluate_run', 'baselines', 'without_perfect', 'in_place', 'report', 'label_rows',
+           'show_results', 'largest_differences', 'compare', 'main']
 
 # %% ../nbs/32_pipeline.ipynb #688995cf
-UNTRAINED = ("degraded", "non_local_means", "wavelet", "bilinear", "malvar")  # rows of `irnb.evaluation.untrained`
+UNTRAINED = ("degraded", "non_local_means", "wavelet", "bilinear", "malvar")  # rows of `irnb.results.untrained`
 
 
 class ParameterError(ValueError):
@@ -389,7 +389,7 @@ def _check_run(params: Mapping[str, Any], path: str) -> None:
 
 def _check_measures(params: Mapping[str, Any], path: str) -> None:
     "Raise ParameterError for a metric that does not exist, or a reference that a task has not."
-    from irnb.evaluation import METRICS
+    from irnb.results.measure import METRICS
     metrics = params["evaluation"]["metrics"]
     for name in metrics:
         if name not in METRICS:
@@ -717,7 +717,7 @@ def validation_psnr(folder: str | Path,  # a benchmark
                     ) -> Callable:  # restorer -> {"psnr_seen": dB}
     "A function that measures a restorer on the seen settings of the validation pictures: unseen ones never enter training."
     from irnb.data import Benchmark
-    from irnb.evaluation import evaluate
+    from irnb.results.measure import evaluate
     items = [item for item in Benchmark.open(folder) if item.seen]
 
     def validate(restorer) -> dict[str, float]:
@@ -894,7 +894,8 @@ def _finish(out: Path, result: Any, strategy: str, task_name: str, seed: int, se
 def _measure(params: Mapping[str, Any], task_name: str, restorers: Mapping[str, Callable], seed: int | str, out: Path) -> None:
     "A tidy table of restorers on the test benchmark of a task."
     from irnb.data import Benchmark, task
-    from irnb.evaluation import evaluate, write_table
+    from irnb.results.measure import evaluate
+    from irnb.results.table import write_table
     the_task, rows, items = task(task_name), [], Benchmark.open(Path("build/synthetic", task_name, "test"))
     metrics, conventions = tuple(params["evaluation"]["metrics"]), _conventions(the_task)
     for name, restorer in restorers.items():
@@ -912,7 +913,7 @@ def _conventions(the_task: Any) -> dict[str, Any]:
 
 def _tuned(params: Mapping[str, Any], name: str, restorer: Callable, items: Any, conventions: Mapping[str, Any]) -> Iterator[tuple[Callable, list, str]]:
     "The cheap rivals of a strategy in `evaluation.tuned`, tuned on each unseen setting's test pictures: upper bounds, told so in the tables by their names."
-    from irnb.evaluation import post_controls
+    from irnb.results.baselines import post_controls
     if name not in (params["evaluation"].get("tuned") or ()):
         return
     for setting in dict.fromkeys(item.setting for item in items if not item.seen):
@@ -940,14 +941,14 @@ def baselines(params: Mapping[str, Any],  # from `load_params`
               ) -> None:
     "Stage: the rows that need no training."
     from irnb.data import task
-    from irnb.evaluation import untrained
+    from irnb.results.baselines import untrained
     prepare(params)
     _measure(params, task_name, untrained(task(task_name).scale, task(task_name).raw), "-", Path("runs", task_name, "untrained.csv"))
 
 # %% ../nbs/32_pipeline.ipynb #81d9c62f
 def _all_rows(params: Mapping[str, Any], task_name: str) -> tuple[list[dict[str, Any]], list[str]]:
     "The untrained rows, then those of each strategy and seed, in the order of params.yaml; and the pictures left out of them."
-    from irnb.evaluation import read_table
+    from irnb.results.table import read_table
     run, rows = params["run"], read_table(Path("runs", task_name, "untrained.csv"))
     for strategy in arms(params)[task_name]:
         for seed in run["seeds"]:
@@ -968,7 +969,8 @@ def without_perfect(rows: Sequence[Mapping[str, Any]],  # tidy table of one task
 def _panels(params: Mapping[str, Any], task_name: str) -> list[dict[str, Any]]:
     "The gallery's items restored by the untrained rows and by the first seed of each strategy."
     from irnb.data import Benchmark, task
-    from irnb.evaluation import panel, untrained
+    from irnb.results.baselines import untrained
+    from irnb.results.measure import panel
     from irnb.networks import load_model
     restorers: dict[str, Callable] = {k: v for k, v in untrained(task(task_name).scale, task(task_name).raw).items() if k != "degraded"}
     for name in arms(params)[task_name]:
@@ -982,7 +984,7 @@ def _panels(params: Mapping[str, Any], task_name: str) -> list[dict[str, Any]]:
 # %% ../nbs/32_pipeline.ipynb #24b17d9c
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     "Per strategy the means over seen and unseen settings: what `dvc metrics show` prints."
-    from irnb.evaluation import summary
+    from irnb.results.table import summary
     out: dict[str, Any] = {}
     for row in summary(rows):
         values = out.setdefault(row["strategy"], {})
@@ -1015,35 +1017,13 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writerows(rows)
     return text.getvalue()
 
-# %% ../nbs/32_pipeline.ipynb #334b767b
-def training_figure(curves: Sequence[Mapping[str, str]],  # rows with run, strategy, step and one column per quantity
-                    names: Mapping[str, str] = {"task_loss": "training task loss", "psnr_seen": "validation PSNR, seen (dB)"},  # column -> axis label
-                    ) -> Any:  # Figure
-    "Training curves: one panel per quantity, one line per run; the runs of a strategy look alike."
-    import matplotlib.pyplot as plt
-    with plt.style.context("irnb.irnb"):
-        fig, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.2), squeeze=False)
-        looks, strategies = list(plt.rcParams["axes.prop_cycle"]), list(dict.fromkeys(row["strategy"] for row in curves))
-        for ax, (name, label) in zip(axes[0], names.items()):
-            for run in dict.fromkeys(row["run"] for row in curves):
-                rows = [r for r in curves if r["run"] == run and r.get(name)]
-                if rows:
-                    k = strategies.index(strategy := rows[0]["strategy"])
-                    look = looks[k % len(looks)] | {"marker": looks[(k + k // len(looks)) % len(looks)]["marker"]}  # the ninth strategy has the first colour and another marker
-                    ax.plot([int(r["step"]) for r in rows], [float(r[name]) for r in rows], alpha=.8, label=strategy,
-                            **look | ({"markevery": 1} if len(rows) < 12 else {}))
-            ax.set(xlabel="step", ylabel=label)
-        handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
-        fig.legend(handles.values(), handles, loc="outside lower center", ncols=min(6, max(1, len(handles))))
-    return fig
-
 # %% ../nbs/32_pipeline.ipynb #d68fed4a
 def _figures(params: Mapping[str, Any], task_name: str, rows: Sequence[Mapping[str, Any]], curve_rows: Sequence[Mapping[str, str]], out: Path) -> None:
     "The generalisation map, the metric against the setting, the gallery and the training curves, all in the style of irnb."
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from irnb.evaluation import curves, gallery, generalisation_map, save_figure
+    from irnb.results.figures import curves, gallery, generalisation_map, save_figure, training_figure
     panels, stems = _panels(params, task_name), {row["setting"].rsplit("_", 1)[0] for row in rows}
     with plt.style.context("irnb.irnb"):
         drawn = {"map": generalisation_map(rows, reference_of(params, task_name), n=params["evaluation"]["bootstrap"]), "gallery": gallery(panels),
@@ -1127,7 +1107,7 @@ def report(params: Mapping[str, Any],  # from `load_params`
 
 def _write_report(params: Mapping[str, Any], out: Path) -> None:
     "All files of a report."
-    from irnb.evaluation import markdown_table, summary, write_table
+    from irnb.results.table import markdown_table, summary, write_table
     from irnb.training import environment
     everything, training, metrics, text = [], [], {}, []
     for task_name in arms(params):
@@ -1169,7 +1149,8 @@ def _setting_means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 # %% ../nbs/32_pipeline.ipynb #06af936e
 def _gain_text(rows: Sequence[Mapping[str, Any]], reference: str, n: int) -> str:
     "The gains over the reference as a Markdown table: mean and 95 % interval per setting."
-    from irnb.evaluation import gains, markdown_table
+    from irnb.results.statistics import gains
+    from irnb.results.table import markdown_table
     table: dict[str, dict[str, str]] = {}
     for row in gains(rows, reference, n=n):
         if row["strategy"] != reference:

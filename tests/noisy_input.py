@@ -15,7 +15,8 @@ def rows_of(directory: Path) -> list[dict]:
     "Tidy rows of the identity on every picture of a directory."
     from irnb.data import Example, degrade_once, scan
     from irnb.degradations import GaussianNoise
-    from irnb.evaluation import evaluate, identity
+    from irnb.results.baselines import identity
+    from irnb.results.measure import evaluate
     from irnb.images import read_image
     corpus = scan(directory, min_side=11)
     items = (Example(item.name, f"sigma_{s}", False, degrade_once(clean, GaussianNoise(s), image=item.name, setting=f"sigma_{s}")[None], clean[None])
@@ -25,7 +26,7 @@ def rows_of(directory: Path) -> list[dict]:
 
 def main(arguments: list[str]) -> int:
     "Print the means; with --out also write the table."
-    from irnb.evaluation import markdown_table, summary, write_table
+    from irnb.results.table import markdown_table, summary, write_table
     parser = argparse.ArgumentParser(prog="python -m tests.noisy_input", description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--out", type=Path)

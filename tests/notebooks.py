@@ -13,7 +13,7 @@ SKIP = re.compile(r"^#\|\s*(notest|slow|gpu)\b", re.MULTILINE)
 # The rooms of nbs/bench in reading order, each with its notebooks; a new one goes to the end of its room.
 BENCH = {"images": [], "image_files": [], "metrics": [], "demosaic": [],
          "degradations": ["index", "base", "noise", "blur", "jpeg", "weather", "chains"],
-         "results": ["index", "table", "measure", "baselines", "statistics", "figures"],
+         "results": ["index", "table", "folder", "measure", "baselines", "statistics", "comparison", "figures"],
          "explorer": ["index", "pictures", "dials", "darkroom", "state", "figure", "cells", "widgets", "view", "curves", "watching"]}
 
 

@@ -17,7 +17,9 @@ from PIL import Image
 
 from irnb import degradations as deg
 from irnb.data import TASKS, benchmark, task
-from irnb.evaluation import evaluate, identity, write_table
+from irnb.results.baselines import identity
+from irnb.results.measure import evaluate
+from irnb.results.table import write_table
 from irnb.explorer.cells import experiments, open_cell, result_map
 from irnb.explorer.curves import PALETTE, curves_figure, curves_text, quantities, read_curves
 from irnb.explorer.darkroom import trained_models

@@ -13,7 +13,7 @@ import pytest
 
 from tests.notebooks import ROOT
 
-FLOORS = [{"images"}, {"degradations", "metrics", "networks"}, {"demosaic"}, {"data"}, {"strategies"}, {"training", "evaluation"},
+FLOORS = [{"images"}, {"degradations", "metrics", "networks"}, {"demosaic"}, {"data"}, {"strategies"}, {"training", "results"},
           {"restore", "pipeline", "explorer"}]
 MODULES = sorted(p for p in (ROOT / "irnb").rglob("*.py") if p.name != "_modidx.py" and p.parent != ROOT / "irnb" or p.name not in ("__init__.py", "_modidx.py"))
 # What a user of the library must not inherit from the notebooks and the pipeline.
@@ -53,7 +53,7 @@ def test_an_upward_import_is_found():
 
 
 @pytest.mark.parametrize("name", ["irnb", "irnb.metrics", "irnb.degradations", "irnb.networks", "irnb.strategies", "irnb.data", "irnb.strategies.strategy",
-                                  "irnb.training", "irnb.evaluation", "irnb.restore", "irnb.pipeline", "irnb.explorer"])
+                                  "irnb.training", "irnb.results", "irnb.restore", "irnb.pipeline", "irnb.explorer"])
 def test_import_is_light(name):
     code = f"import {name}, sys; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -86,7 +86,7 @@ def test_lock_pins_every_requirement():
     assert names <= pinned, names - pinned
 
 
-@pytest.mark.parametrize("package", ["irnb.networks", "irnb.strategies"])
+@pytest.mark.parametrize("package", ["irnb.networks", "irnb.strategies", "irnb.results", "irnb.explorer"])
 def test_public_names_of_a_package_are_unique(package):
     "A name that two modules define could not be imported from their package."
     from irnb.networks import _public_names

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from irnb.degradations import CameraNoise, GaussianNoise, Uniform, bicubic, gaussian_blur
 from irnb.strategies.diffusion import LinearGammaSchedule, pick_denoiser
 from irnb.data import Example
-from irnb.evaluation import GlobalBlur, ScaledResidual, post_controls
+from irnb.results.baselines import GlobalBlur, ScaledResidual, post_controls
 from irnb.metrics import high_frequency_ratio, laplacian_energy
 from irnb.strategies.noise_da import (CONDITIONS, NOISE_DA_VARIANTS, RENOISED, AddInput, ConditionProbe, DiffusionLossError, LambdaRamp, NoiseDA, NoiseDALoss, Renoised,
                                       ResidualView, as_residual, check_ranges, check_real, estimate_noise, infer,
@@ -807,7 +807,7 @@ def test_high_frequency_ratio():
     half = x.clone()
     half[..., 32:] = .5  # the untextured half does not count
     assert high_frequency_ratio(torch.cat([half[..., :32], x[..., 32:]], -1), half, share=.5).tolist() == pytest.approx([1, 1])
-    from irnb.evaluation import evaluate
+    from irnb.results.measure import evaluate
     rows = evaluate(nn.Identity(), _items(x), strategy="v", task="t", metrics={"high": high_frequency_ratio})
     assert rows[0]["value"] == pytest.approx(1)
 

@@ -66,7 +66,7 @@ def test_repro_ends_with_table_figures_and_pictures(clone):
     results = clone / "results" / "smoke"
     assert {p.name for p in results.iterdir()} >= {"table.csv", "summary.md", "metrics.json", "env.json", "denoise_map.png", "denoise_map.svg",
                                                    "denoise_gallery.png", "denoise_curves.png", "denoise_training.png", "training.csv", "settings.csv"}
-    from irnb.evaluation import read_table
+    from irnb.results.table import read_table
     rows, trained = read_table(results / "table.csv"), load_params(ROOT / "scales" / "smoke.yaml")["run"]["strategies"]
     assert {"supervised", "dil_sf", "dil_ps", "spn_random", "constyle", "constyle_l1", "rcl_k2"} <= set(trained)
     of = lambda name: [r for r in rows if r["task"] == name]
@@ -257,8 +257,8 @@ def test_a_forgotten_dependency_is_found():
 
 def test_imports_are_followed_through_functions_and_relative_forms():
     source = "from .images import show\ndef f():\n    from irnb import metrics\n    import irnb.data\n"
-    assert imported_modules(source, "irnb.evaluation") == {"irnb.images", "irnb", "irnb.metrics", "irnb.data"}
-    assert "irnb.metrics" in module_closure(["irnb.evaluation"])
+    assert imported_modules(source, "irnb.restore") == {"irnb.images", "irnb", "irnb.metrics", "irnb.data"}
+    assert "irnb.metrics" in module_closure(["irnb.results.measure"])
 
 
 def test_sources_change_with_the_strategy_and_not_with_its_neighbour(tmp_path, monkeypatch):
@@ -567,7 +567,7 @@ def test_a_second_matrix_names_what_exists(here, capsys, part):
 
 
 def test_a_strategy_is_not_called_like_an_untrained_row(here, capsys):
-    from irnb.evaluation import untrained
+    from irnb.results.baselines import untrained
     assert set(pipeline.UNTRAINED) == {*untrained(), *untrained(4), *untrained(raw=True)}
     params = load_params(here / "params.yaml")
     change(here / "params.yaml", strategies=params["strategies"] | {"degraded": params["strategies"]["supervised"]}, run__strategies=["supervised", "degraded"])
@@ -704,7 +704,7 @@ def test_bad_noisy_folders_are_refused(here, capsys, prepare, noisy, words):
 
 
 def test_tuned_rivals_stand_beside_their_strategy_on_unseen_settings(here):
-    from irnb.evaluation import read_table
+    from irnb.results.table import read_table
     with_pretraining(here)
     change(here / "params.yaml", evaluation__tuned=["before"], evaluation__metrics=["psnr", "high_frequency_ratio"], run__strategies=["before"])
     assert main(["train", *RUN, "before"]) == 0 and main(["evaluate", *RUN, "before"]) == 0

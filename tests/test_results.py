@@ -36,7 +36,7 @@ def loaded_by(module):
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
-@pytest.mark.parametrize("module", ["irnb.results", "irnb.evaluation", *(f"irnb.results.{room}" for room in ROOMS)])
+@pytest.mark.parametrize("module", ["irnb.results", *(f"irnb.results.{room}" for room in ROOMS)])
 def test_import_is_light(module):
     heavy = {"matplotlib", "skimage", "scipy", "pywt", "IPython", "PIL", "fastcore", "pandas"}
     assert heavy & loaded_by(module) == set()
@@ -60,12 +60,3 @@ def test_all_public_names_are_offered_by_the_package():
         getattr(irnb.results, name)
     with pytest.raises(AttributeError):
         irnb.results.nothing
-
-
-def test_old_names_are_still_found():
-    import irnb.evaluation
-    import irnb.results
-    for name in irnb.evaluation.__all__:
-        assert getattr(irnb.evaluation, name) is getattr(irnb.results, name)
-    with pytest.raises(AttributeError):
-        irnb.evaluation.nothing

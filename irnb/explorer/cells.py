@@ -15,7 +15,8 @@ import numpy as np
 import yaml
 from torch import Tensor
 
-from ..evaluation import Row, gains, paired_differences, read_table
+from ..results.statistics import gains, paired_differences
+from ..results.table import Row, read_table
 from .pictures import ExplorerError, to_pixels
 from .state import Explorer
 from ..images import read_image

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation import read_table
+from ..results.table import read_table
 from .pictures import ExplorerError
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import degradations as deg
 from ..data import TASKS, Example, Task, degrade_once, prepare_picture
-from ..evaluation import Restorer, identity, panel, untrained
+from ..results.baselines import identity, untrained
+from ..results.measure import Restorer, panel
 from .dials import kinds, with_parameters
 from .pictures import ExplorerError, open_picture
 from ..metrics import psnr, ssim

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..evaluation import textured_box
+from ..results.figures import textured_box
 from .darkroom import Darkroom, Scene, Source, all_sources, changed
 from .dials import with_parameters
 from .pictures import MIN_SIDE, Box, ExplorerError

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..data import TASKS
-from ..evaluation import Row
+from ..results.table import Row
 from .cells import ResultMap, experiments, open_cell, result_map
 from .darkroom import Source
 from .dials import parameters

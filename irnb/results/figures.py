@@ -23,6 +23,8 @@ from .table import MARK_NOTE, MEANS, Cells, Row, look_up, marked_name, matrix, s
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else:
+    Figure = Any  # hints resolve without matplotlib
 
 # %% auto #0
 __all__ = ['QUANTITIES', 'save_figure', 'generalisation_map', 'curves', 'textured_box', 'gallery', 'training_figure']
