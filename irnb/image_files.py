@@ -18,21 +18,22 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .images import rgb_to_gray
+from .png import MAX_PROFILE, FormatError, check_size, png_extras, png_pixels, write_png
 
 if TYPE_CHECKING:
     import tifffile
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'MAX_PIXELS', 'MAX_PROFILE', 'MAX_PAGES', 'MAX_SCANS', 'OVERSHOOT', 'ImageError', 'printable',
-           'read_array', 'Picture', 'read_picture', 'replacing', 'check_writable', 'write_array', 'write_picture',
-           'read_image', 'write_image', 'image_files']
+__all__ = ['SUFFIXES', 'MAX_PIXELS', 'MAX_PAGES', 'MAX_SCANS', 'OVERSHOOT', 'ImageError', 'printable', 'read_array', 'Picture',
+           'read_picture', 'replacing', 'check_writable', 'write_array', 'to_integers', 'write_picture', 'read_image',
+           'write_image', 'image_files']
 
 # %% ../nbs/bench/image_files.ipynb #ed528126
 class ImageError(ValueError):
@@ -41,27 +42,17 @@ class ImageError(ValueError):
 # %% ../nbs/bench/image_files.ipynb #e0ef273c
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")  # what is read and written
 MAX_PIXELS = 400_000_000  # larger pictures must be asked for: a 1 kB file can claim to be this large
-MAX_PROFILE = 2**24  # bytes of a colour profile; a few kilobytes of PNG can unfold to gigabytes
 MAX_PAGES = 256  # entries in a TIFF's list of pages; 14 bytes can make one that never ends
 MAX_SCANS = 100  # passes over a JPEG, of which encoders make about ten; ten bytes can order one
-
-
-def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
-    "Refuse a size that no camera makes; a tiny hostile file can claim one."
-    if width < 1 or height < 1:
-        raise ImageError(f"{path}: size {width}x{height} is empty; save the picture again")
-    if width * height > max_pixels:
-        raise ImageError(f"{path}: {width}x{height} pixels exceed the limit of {max_pixels}; "
-                         "if the picture is genuine, pass a larger max_pixels")
 
 # %% ../nbs/bench/image_files.ipynb #d654b537
 def _check_file(path: Path) -> int:
     "The size of an ordinary file in bytes; a pipe, socket or device would be waited for."
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
-        raise ImageError(f"{path}: is a folder, not a picture; list its pictures with image_files")
+        raise FormatError("is a folder, not a picture; list its pictures with image_files")
     if not stat.S_ISREG(found.st_mode):
-        raise ImageError(f"{path}: is a pipe, socket or device, not a file; copy the picture into a file")
+        raise FormatError("is a pipe, socket or device, not a file; copy the picture into a file")
     return found.st_size
 
 # %% ../nbs/bench/image_files.ipynb #fa774f32
@@ -70,143 +61,40 @@ def printable(text: object,  # a path, a message
     "The text with every control character, line break and undecodable byte written as an escape."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
-# %% ../nbs/bench/image_files.ipynb #32cf6c52
-def _png_chunks(data: bytes, path: Path) -> Iterator[tuple[bytes, memoryview]]:
-    "The chunks (type, body) of a PNG file, each verified by its checksum."
-    view, at = memoryview(data), 8
-    while True:
-        size = int.from_bytes(view[at : at + 4], "big")
-        kind, end = bytes(view[at + 4 : at + 8]), at + 8 + size
-        if end + 4 > len(data):
-            raise ImageError(f"{path}: truncated, {len(data)} bytes end before the PNG end marker; copy the file again")
-        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            raise ImageError(f"{path}: damaged, wrong checksum of chunk {kind!r} at byte {at}; copy the file again")
-        yield kind, view[at + 8 : end]
-        if kind == b"IEND":
-            return
-        at = end + 4
-
-# %% ../nbs/bench/image_files.ipynb #bce2d049
-def _paeth(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    "The neighbour nearest to a + b - c; ties go to a, then b (PNG specification, section 9.4)."
-    to_a, to_b = b - c, a - c  # distances of the estimate a + b - c to a and to b, before the absolute value
-    to_c = np.abs(to_a + to_b)
-    np.abs(to_a, out=to_a), np.abs(to_b, out=to_b)
-    return np.where((to_a <= to_b) & (to_a <= to_c), a, np.where(to_b <= to_c, b, c))
-
-# %% ../nbs/bench/image_files.ipynb #90ef2f99
-def _unfilter(rows: np.ndarray, step: int) -> np.ndarray:
-    "Undo the PNG filters of (H, 1 + W*step) contiguous bytes, in place; returns the (H, W*step) bytes."
-    height, length = rows.shape
-    width, kind = (length - 1) // step, rows[:, 0].copy()
-    spread = lambda kinds: np.repeat(np.isin(kind, kinds)[:, None], step, 1)  # (H, step), so all operands are dense
-    left, above, half = (spread(kinds).astype(np.int16) for kinds in ([1, 3], [2, 3], [3]))
-    paeth, any_paeth = spread([4]), 4 in kind
-    last, before, now = (np.zeros((height + 1, step), np.int16) for _ in range(3))  # d-1, d-2, d; row y at y+1
-    for d in range(height + width - 1):
-        y0, y1 = max(0, d - width + 1), min(height, d + 1)
-        pixels = np.ndarray((y1 - y0, step), np.uint8, rows, y0 * length + 1 + (d - y0) * step, (length - step, 1))
-        a, b, c, at = last[y0 + 1 : y1 + 1], last[y0:y1], before[y0:y1], slice(y0, y1)
-        guess = (a * left[at] + b * above[at]) >> half[at]
-        if any_paeth:
-            np.copyto(guess, _paeth(a, b, c), where=paeth[at])
-        guess += pixels
-        guess &= 255
-        pixels[...] = now[y0 + 1 : y1 + 1] = guess
-        last, before, now = now, last, before
-    return rows[:, 1:]
-
-# %% ../nbs/bench/image_files.ipynb #60fb5d2d
-def _png_inflate(parts: list[memoryview], expected: int, path: Path) -> bytearray:
-    "The uncompressed rows of a PNG; exactly `expected` bytes or an error."
-    out, engine = bytearray(), zlib.decompressobj()
-    try:
-        for part in parts:
-            out += engine.decompress(part, max(1, expected + 1 - len(out)))
-    except zlib.error as e:
-        raise ImageError(f"{path}: damaged PNG data ({e}); copy the file again") from e
-    if len(out) != expected or not engine.eof:
-        raise ImageError(f"{path}: PNG data hold {len(out)} bytes instead of {expected}; copy the file again")
-    return out
-
-# %% ../nbs/bench/image_files.ipynb #a211521c
-def _png_pixels(data: bytes, path: Path, max_pixels: int) -> np.ndarray:
-    "Decode an 8- or 16-bit grey or colour PNG to (H, W, C) integers; C = 2 or 4 means alpha."
-    chunks: dict[bytes, list[memoryview]] = {}
-    for kind, body in _png_chunks(data, path):
-        chunks.setdefault(kind, []).append(body)
-    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", chunks[b"IHDR"][0])
-    _check_size(path, width, height, max_pixels)
-    channels = {0: 1, 2: 3, 4: 2, 6: 4}.get(colour)
-    if channels is None or depth not in (8, 16) or interlaced:
-        raise ImageError(f"{path}: {'interlaced ' * bool(interlaced)}PNG of {depth} bits, colour type {colour}, "
-                         "is not supported; save it without interlacing, or as TIFF")
-    step = channels * depth // 8
-    raw = _png_inflate(chunks.get(b"IDAT", []), height * (1 + width * step), path)
-    rows = np.frombuffer(raw, np.uint8).reshape(height, 1 + width * step)
-    if rows[:, 0].max() > 4:
-        raise ImageError(f"{path}: unknown PNG filter type {rows[:, 0].max()}; save the picture again")
-    dense = np.ascontiguousarray(_unfilter(rows, step))
-    array = dense.view(">u2").astype(np.uint16) if depth == 16 else dense
-    array = array.reshape(height, width, channels)
-    if b"tRNS" in chunks and channels in (1, 3):
-        key = np.frombuffer(chunks[b"tRNS"][0], ">u2")
-        array = np.dstack([array, (array != key).any(-1) * array.dtype.type(2**depth - 1)])
-    return array
-
-# %% ../nbs/bench/image_files.ipynb #5411c8f1
-def _png_filter(rows: np.ndarray, previous: np.ndarray, step: int) -> bytes:
-    "Filter (n, W*step) bytes by Sub or Up, whichever is smaller per row; `previous` is the row above the first."
-    up = rows - np.concatenate([previous[None], rows[:-1]])
-    sub = rows.copy()
-    sub[:, step:] -= rows[:, :-step]
-    cost = [np.abs(f.view(np.int8).astype(np.int16)).sum(1, dtype=np.int64) for f in (sub, up)]
-    use_up = cost[1] < cost[0]
-    out = np.where(use_up[:, None], up, sub)
-    return np.concatenate([(1 + use_up)[:, None].astype(np.uint8), out], 1).tobytes()
-
-# %% ../nbs/bench/image_files.ipynb #15795c0b
-def _png_write(file: BinaryIO, array: np.ndarray, icc: bytes | None = None) -> None:
-    "Write (H, W, 1..4) uint8 or uint16 pixels as PNG."
-    def chunk(kind: bytes, body: bytes) -> None:
-        file.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
-
-    height, width, channels = array.shape
-    size = array.dtype.itemsize
-    file.write(b"\x89PNG\r\n\x1a\n")
-    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * size, (0, 4, 2, 6)[channels - 1], 0, 0, 0))
-    if icc:
-        chunk(b"iCCP", b"icc\0\0" + zlib.compress(icc))
-    engine, previous = zlib.compressobj(6), np.zeros(width * channels * size, np.uint8)
-    for top in range(0, height, 64):
-        band = np.ascontiguousarray(array[top : top + 64].astype(f">u{size}"))
-        rows = band.reshape(len(band), -1).view(np.uint8)
-        if body := engine.compress(_png_filter(rows, previous, channels * size)):
-            chunk(b"IDAT", body)
-        previous = rows[-1]
-    chunk(b"IDAT", engine.flush())
-    chunk(b"IEND", b"")
-
 # %% ../nbs/bench/image_files.ipynb #5ec5058d
 _pillow_lock = threading.Lock()
 _pillow_users: list[tuple] = []  # the switches as found by the first reader, once per reader inside
 
 
+def _enter_pillow() -> tuple:
+    "Set the switches; returns them as the first reader found them."
+    from PIL import Image, ImageFile
+    with _pillow_lock:
+        now = (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+        found = _pillow_users[0] if _pillow_users else now
+        _pillow_users.append(found)
+        Image.MAX_IMAGE_PIXELS = None
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+    return found
+
+
+def _leave_pillow(found: tuple) -> None:
+    "Put the switches back, if this is the last reader."
+    from PIL import Image, ImageFile
+    with _pillow_lock:
+        _pillow_users.pop()
+        if not _pillow_users:
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = found
+
+
 @contextlib.contextmanager
 def _strict_pillow() -> Iterator[None]:
     "Pillow with its own size limit off (ours is checked) and truncated files refused; restored afterwards."
-    from PIL import Image, ImageFile
-    with _pillow_lock:
-        found = _pillow_users[0] if _pillow_users else (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
-        _pillow_users.append(found)
-        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
+    found = _enter_pillow()
     try:
         yield
     finally:
-        with _pillow_lock:
-            _pillow_users.pop()
-            if not _pillow_users:
-                Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = found
+        _leave_pillow(found)
 
 # %% ../nbs/bench/image_files.ipynb #66635ea2
 for _decoder in ("PIL", "tifffile"):
@@ -217,212 +105,223 @@ _MODES = {"1": "L", "L": "L", "LA": "LA", "La": "LA", "P": "RGB", "PA": "RGBA", 
           "RGBA": "RGBA", "RGBa": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
 
 
-def _pillow_mode(mode: str, transparent: bool, path: Path) -> str:
+def _pillow_mode(mode: str, transparent: bool) -> str:
     "The mode L, LA, RGB or RGBA to which a Pillow mode is converted."
     if mode not in _MODES:
-        raise ImageError(f"{path}: pixel mode {mode!r} is not supported; convert it to 8- or 16-bit grey or RGB")
-    return {"L": "LA", "RGB": "RGBA"}.get(_MODES[mode], _MODES[mode]) if transparent else _MODES[mode]
+        raise FormatError(f"pixel mode {mode!r} is not supported; convert it to 8- or 16-bit grey or RGB")
+    wanted = _MODES[mode]
+    return {"L": "LA", "RGB": "RGBA"}.get(wanted, wanted) if transparent else wanted
 
 # %% ../nbs/bench/image_files.ipynb #b112bcf1
+def _check_single(im: Any) -> None:
+    "Refuse a file of several pictures."
+    if getattr(im, "n_frames", 1) > 1 and im.format != "MPO":  # MPO: a photograph with a preview behind it
+        raise FormatError(f"holds {im.n_frames} pictures; save each to a file of its own")
+
+
+def _converted(im: Any) -> np.ndarray:
+    "(H, W) or (H, W, C) uint8 of an image that Pillow opened, upright."
+    from PIL import ImageOps
+    mode = _pillow_mode(im.mode, "transparency" in im.info)
+    if im.getexif().get(0x0112, 1) != 1:
+        im = ImageOps.exif_transpose(im)
+    return np.asarray(im if im.mode == mode else im.convert(mode))
+
+
 def _pillow_pixels(path: Path, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
-    "Decode any 8-bit file by Pillow to (H, W, C) uint8 with the EXIF rotation applied, and its colour profile."
-    from PIL import Image, ImageOps
+    "Decode any 8-bit file by Pillow to upright (H, W, C) uint8, and its colour profile."
+    from PIL import Image
     with _strict_pillow(), Image.open(path, formats=("PNG", "JPEG", "TIFF", "BMP", "WEBP")) as im:
-        _check_size(path, *im.size, max_pixels)
-        if getattr(im, "n_frames", 1) > 1 and im.format != "MPO":  # MPO: a photograph with a preview behind it
-            raise ImageError(f"{path}: holds {im.n_frames} pictures; save each to a file of its own")
+        check_size(*im.size, max_pixels)
+        _check_single(im)
         im.load()
-        mode = _pillow_mode(im.mode, "transparency" in im.info, path)
         icc = None if im.mode == "CMYK" else im.info.get("icc_profile")  # a CMYK profile does not describe RGB
-        if im.getexif().get(0x0112, 1) != 1:
-            im = ImageOps.exif_transpose(im)
-        array = np.asarray(im if im.mode == mode else im.convert(mode))
+        array = _converted(im)
     return array.reshape(*array.shape[:2], -1), icc
 
 # %% ../nbs/bench/image_files.ipynb #33e27c67
 def _orient(array: np.ndarray, code: int) -> np.ndarray:
     "Apply the EXIF orientation `code` (1..8) to (H, W, C)."
     turned = array.swapaxes(0, 1) if code >= 5 else array
-    flip_y, flip_x = code in (3, 4, 7, 8), code in (2, 3, 6, 7)
-    return turned[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+    down = -1 if code in (3, 4, 7, 8) else 1
+    right = -1 if code in (2, 3, 6, 7) else 1
+    return turned[::down, ::right]
 
 
-def _check_float(path: Path, array: np.ndarray) -> np.ndarray:
+def _check_float(array: np.ndarray) -> np.ndarray:
     "Float pixels as float32; refuse what is not in [0, 1]."
-    low, high = float(array.min()), float(array.max())
+    low = float(array.min())
+    high = float(array.max())
     if not (low >= 0 and high <= 1):  # also catches NaN
-        raise ImageError(f"{path}: float values from {low:g} to {high:g} are outside [0, 1]; rescale to [0, 1]")
+        raise FormatError(f"float values from {low:g} to {high:g} are outside [0, 1]; rescale to [0, 1]")
     return array.astype(np.float32)
 
 # %% ../nbs/bench/image_files.ipynb #70e4ee96
+class _Pages:
+    "The chain of pages of an open TIFF: where each lies and where the next one is."
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.size = os.fstat(file.fileno()).st_size
+        head = file.read(4)
+        self.order = "<" if head[:1] == b"I" else ">"
+        self.big = 43 in head
+        self.count, self.offset, self.entry = ("Q", "Q", 20) if self.big else ("H", "I", 12)
+
+    def number(self, kind: str, at: int) -> int:
+        "The number of a kind (as in `struct`) at a byte."
+        width = struct.calcsize(kind)
+        if at + width > self.size:
+            raise FormatError(f"truncated, {self.size} bytes end before its list of pages; copy it again")
+        self.file.seek(at)
+        return struct.unpack(self.order + kind, self.file.read(width))[0]
+
+    def first(self) -> int:
+        "Where the first page lies."
+        return self.number(self.offset, 8 if self.big else 4)
+
+    def next(self, at: int) -> int:
+        "Where the page after the one at a byte lies; 0 at the end."
+        entries = self.number(self.count, at)
+        return self.number(self.offset, at + struct.calcsize(self.count) + self.entry * entries)
+
+
 def _check_pages(path: Path) -> None:
     "Refuse a TIFF whose chain of pages leaves the file, returns to itself or does not end."
     with open(path, "rb") as f:
-        size, head = os.fstat(f.fileno()).st_size, f.read(4)
-        order, big = "<" if head[:1] == b"I" else ">", 43 in head
-
-        def number(kind: str, at: int) -> int:
-            width = struct.calcsize(kind)
-            if at + width > size:
-                raise ImageError(f"{path}: truncated, {size} bytes end before its list of pages; copy it again")
-            f.seek(at)
-            return struct.unpack(order + kind, f.read(width))[0]
-
-        count, offset, entry = ("Q", "Q", 20) if big else ("H", "I", 12)
-        seen, at = set(), number(offset, 8 if big else 4)
+        pages = _Pages(f)
+        seen: set[int] = set()
+        at = pages.first()
         while at:
             if at in seen:
-                raise ImageError(f"{path}: damaged, its list of pages returns to byte {at}; save it again")
+                raise FormatError(f"damaged, its list of pages returns to byte {at}; save it again")
             if len(seen) == MAX_PAGES:
-                raise ImageError(f"{path}: holds more than {MAX_PAGES} pages; save each to a file of its own")
+                raise FormatError(f"holds more than {MAX_PAGES} pages; save each to a file of its own")
             seen.add(at)
-            at = number(offset, at + struct.calcsize(count) + entry * number(count, at))
+            at = pages.next(at)
 
 # %% ../nbs/bench/image_files.ipynb #ad805d71
-def _check_strips(page: tifffile.TiffPage, path: Path) -> None:
+def _check_strips(page: tifffile.TiffPage) -> None:
     "Refuse a strip or tile that unfolds to more than its pixels; other codecs than these stop by themselves."
     import lzma
     codecs = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}
-    if (start := codecs.get(int(page.compression))) is None:
+    start = codecs.get(int(page.compression))
+    if start is None:
         return
     most = math.prod(page.chunks) * page.dtype.itemsize
+    file = page.parent.filehandle
     for offset, size in zip(page.dataoffsets, page.databytecounts):
-        page.parent.filehandle.seek(offset)
-        if len(start().decompress(page.parent.filehandle.read(size), most + 1)) > most:
-            raise ImageError(f"{path}: damaged, data at byte {offset} unfold to more than {most} bytes; "
-                             "save it again")
+        file.seek(offset)
+        if len(start().decompress(file.read(size), most + 1)) > most:
+            raise FormatError(f"damaged, data at byte {offset} unfold to more than {most} bytes; save it again")
 
 # %% ../nbs/bench/image_files.ipynb #6a3b6681
+def _only_page(tif: tifffile.TiffFile) -> tifffile.TiffPage:
+    "The one page that is neither a preview nor a mask."
+    pages = [p for p in tif.pages if not (p.is_reduced or p.is_mask)]
+    if len(pages) != 1:
+        raise FormatError(f"holds {len(pages)} pictures; save each to a file of its own")
+    return pages[0]
+
+
+def _check_tiff(page: tifffile.TiffPage) -> None:
+    "Refuse a TIFF of a kind that is not converted faithfully."
+    kind = page.photometric.name
+    extra = len(page.extrasamples)
+    known = page.dtype in (np.uint16, np.float32, np.float64) and kind in ("MINISBLACK", "MINISWHITE", "RGB")
+    flat = page.imagedepth == 1 and page.samplesperpixel <= 4
+    straight = extra <= 1 and 1 not in page.extrasamples  # 1: colours are multiplied by alpha
+    if not (known and flat and straight):
+        raise FormatError(f"TIFF of type {page.dtype}, {kind}, {extra} extra samples is not supported; "
+                          "save it as 16-bit grey or RGB with at most one straight alpha channel")
+
+
+def _tiff_array(page: tifffile.TiffPage) -> np.ndarray:
+    "(H, W, C) uint16 or float32 of a page, black at zero."
+    array = page.asarray()
+    if array.ndim == 2:
+        array = array[..., None]
+    elif page.axes.startswith("S"):  # planes one after the other
+        array = array.transpose(1, 2, 0)
+    if page.photometric.name == "MINISWHITE":
+        array = (65535 if array.dtype == np.uint16 else 1) - array
+    return _check_float(array) if array.dtype.kind == "f" else array
+
+
 def _tiff_pixels(path: Path, max_pixels: int) -> tuple[np.ndarray, bytes | None] | None:
     "Decode a 16-bit or float TIFF to (H, W, C); None for the 8-bit kinds, which Pillow reads."
     import tifffile
     _check_pages(path)
     with tifffile.TiffFile(path) as tif:
-        pages = [p for p in tif.pages if not (p.is_reduced or p.is_mask)]
-        if len(pages) != 1:
-            raise ImageError(f"{path}: holds {len(pages)} pictures; save each to a file of its own")
-        page = pages[0]
-        _check_size(path, page.imagewidth, page.imagelength, max_pixels)
+        page = _only_page(tif)
+        check_size(page.imagewidth, page.imagelength, max_pixels)
         if page.bitspersample <= 8:
             return None
-        kind = page.photometric.name
-        extra, premultiplied = len(page.extrasamples), 1 in page.extrasamples
-        if page.dtype not in (np.uint16, np.float32, np.float64) or premultiplied or extra > 1 \
-                or page.imagedepth != 1 or page.samplesperpixel > 4 \
-                or kind not in ("MINISBLACK", "MINISWHITE", "RGB"):
-            raise ImageError(f"{path}: TIFF of type {page.dtype}, {kind}, {extra} extra samples is not supported; "
-                             "save it as 16-bit grey or RGB with at most one straight alpha channel")
-        _check_strips(page, path)
-        array = page.asarray()
-        if array.ndim == 2:
-            array = array[..., None]
-        elif page.axes.startswith("S"):  # planes one after the other
-            array = array.transpose(1, 2, 0)
-        if kind == "MINISWHITE":
-            array = (65535 if array.dtype == np.uint16 else 1) - array
-        array = _check_float(path, array) if array.dtype.kind == "f" else array
+        _check_tiff(page)
+        _check_strips(page)
         code = page.tags[274].value if 274 in page.tags else 1
-        return _orient(array, code), page.iccprofile
-
-# %% ../nbs/bench/image_files.ipynb #f6b879f5
-def _png_profile(body: memoryview, path: Path) -> bytes:
-    "The colour profile in an iCCP chunk, never inflated beyond `MAX_PROFILE`."
-    name, _, packed = bytes(body).partition(b"\0")
-    try:
-        icc = (engine := zlib.decompressobj()).decompress(packed[1:], MAX_PROFILE + 1)
-    except zlib.error as e:
-        raise ImageError(f"{path}: damaged colour profile {name!r} ({e}); save the picture without it") from e
-    if len(icc) > MAX_PROFILE:
-        raise ImageError(f"{path}: the colour profile {name!r} is larger than {MAX_PROFILE} bytes; "
-                         "save the picture without it")
-    if not engine.eof:
-        raise ImageError(f"{path}: damaged colour profile {name!r}, it is cut off; save the picture without it")
-    return icc
-
-# %% ../nbs/bench/image_files.ipynb #cbb566d5
-# First row and column of each pass, and the steps between its rows and columns.
-_ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-
-
-def _check_rows(head: memoryview, parts: list[memoryview], path: Path, max_pixels: int) -> None:
-    "Refuse an 8-bit PNG whose pixel data end before its last row."
-    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", head)
-    _check_size(path, width, height, max_pixels)
-    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 0)  # unknown: the decoder refuses
-    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
-    sizes = [(-(-(height - y) // dy), -(-(width - x) // dx)) for y, x, dy, dx in passes]
-    left, engine = sum(h * (1 + -(-w * bits // 8)) for h, w in sizes if h > 0 and w > 0), zlib.decompressobj()
-    try:
-        for part in parts:
-            while part and left > 0:
-                left -= len(engine.decompress(part, 2**20))
-                part = engine.unconsumed_tail
-    except zlib.error as e:
-        raise ImageError(f"{path}: damaged PNG data ({e}); copy the file again") from e
-    if left > 0:
-        raise ImageError(f"{path}: PNG data end {left} bytes before the last row; copy the file again")
-
-# %% ../nbs/bench/image_files.ipynb #851bf667
-def _png_extras(data: bytes, path: Path, max_pixels: int) -> tuple[int, int, bytes | None]:
-    "Verify a PNG; its bits per sample, EXIF orientation and colour profile."
-    bits, code, icc, head, parts = 8, 1, None, b"", []
-    for kind, body in _png_chunks(data, path):
-        if kind == b"IHDR":
-            head, bits = body, body[8]
-        elif kind == b"IDAT":
-            parts.append(body)
-        elif kind == b"eXIf":
-            from PIL import Image
-            (exif := Image.Exif()).load(b"Exif\0\0" + bytes(body))
-            code = exif.get(0x0112, 1)
-        elif kind == b"iCCP":
-            if icc is not None:
-                raise ImageError(f"{path}: holds more than one colour profile; save the picture again")
-            icc = _png_profile(body, path)
-    if bits < 16:  # ours counts by itself
-        _check_rows(head, parts, path, max_pixels)
-    return bits, code, icc
+        return _orient(_tiff_array(page), code), page.iccprofile
 
 # %% ../nbs/bench/image_files.ipynb #91c58c4c
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not the zero or restart codes in coded data
 
 
-def _check_scans(data: bytes, path: Path) -> None:
-    "Refuse a JPEG of more passes than any encoder makes."
-    at, scans = 2, 0
+def _segments(data: bytes) -> Iterator[int]:
+    "The codes of a JPEG's markers, up to its end; what follows is another picture, or a film."
+    at = 2
     while found := _JPEG_MARKER.search(data, at):
-        code, at = data[found.end() - 1], found.end()
-        if code == 0xD9:  # the end; what follows is another picture, or a film
+        at = found.end()
+        code = data[at - 1]
+        if code == 0xD9:
             return
         if code not in (0x01, 0xD8):  # all other markers head a segment of a stated length
             at += int.from_bytes(data[at : at + 2], "big")
+        yield code
+
+
+def _check_scans(data: bytes) -> None:
+    "Refuse a JPEG of more passes than any encoder makes."
+    scans = 0
+    for code in _segments(data):
         scans += code == 0xDA
         if scans > MAX_SCANS:
-            raise ImageError(f"{path}: a JPEG of more than {MAX_SCANS} scans; save the picture again")
+            raise FormatError(f"a JPEG of more than {MAX_SCANS} scans; save the picture again")
 
 # %% ../nbs/bench/image_files.ipynb #48a91738
 def _whole(path: Path, size: int, max_pixels: int) -> bytes:
     "The bytes of a PNG or JPEG, whose size is bounded by the pixels that it may hold."
     if size > 8 * max_pixels + MAX_PROFILE:  # four channels of 16 bits that do not compress
-        raise ImageError(f"{path}: {size} bytes are more than {max_pixels} pixels need; "
-                         "if the picture is genuine, pass a larger max_pixels")
+        raise FormatError(f"{size} bytes are more than {max_pixels} pixels need; "
+                          "if the picture is genuine, pass a larger max_pixels")
     return path.read_bytes()
+
+
+def _first_bytes(path: Path) -> bytes:
+    "The eight bytes that tell the kind of a file."
+    with open(path, "rb") as f:
+        head = f.read(8)
+    if not head:
+        raise FormatError("zero bytes long; copy the file again")
+    return head
+
+
+def _decode_png(path: Path, data: bytes, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
+    "Verify a PNG, and decode it here if it has 16 bits."
+    bits, code, icc = png_extras(data, max_pixels)
+    if bits == 16:
+        return _orient(png_pixels(data, max_pixels), code), icc
+    return _pillow_pixels(path, max_pixels)
 
 
 def _decode(path: Path, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
     "Choose the decoder by the first bytes of the file."
     size = _check_file(path)
-    with open(path, "rb") as f:
-        head = f.read(8)
-    if not head:
-        raise ImageError(f"{path}: zero bytes long; copy the file again")
+    head = _first_bytes(path)
     if head == b"\x89PNG\r\n\x1a\n":
-        bits, code, icc = _png_extras(data := _whole(path, size, max_pixels), path, max_pixels)
-        if bits == 16:
-            return _orient(_png_pixels(data, path, max_pixels), code), icc
-    elif head[:2] == b"\xff\xd8":
-        _check_scans(_whole(path, size, max_pixels), path)
-    elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return _decode_png(path, _whole(path, size, max_pixels), max_pixels)
+    if head[:2] == b"\xff\xd8":
+        _check_scans(_whole(path, size, max_pixels))
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         if found := _tiff_pixels(path, max_pixels):
             return found
     return _pillow_pixels(path, max_pixels)
@@ -437,15 +336,16 @@ def read_array(
     path = Path(path)
     try:
         return _decode(path, max_pixels)
-    except ImageError:
-        raise
+    except FormatError as e:
+        raise ImageError(f"{path}: {e}") from e
     except FileNotFoundError as e:
         raise ImageError(f"{path}: no such file; check the path") from e
     except MemoryError as e:
         raise ImageError(f"{path}: does not fit into memory; reduce its size") from e
     except Exception as e:  # decoders raise many kinds on damaged files
         reason = f"{type(e).__name__}: {e}".replace(str(path), "file").splitlines()[0]
-        raise ImageError(f"{path}: not a readable picture ({reason}); open and save it again, or remove it") from e
+        remedy = "open and save it again, or remove it"
+        raise ImageError(f"{path}: not a readable picture ({reason}); {remedy}") from e
 
 # %% ../nbs/bench/image_files.ipynb #e0ac729d
 @dataclass(frozen=True, eq=False)
@@ -478,16 +378,16 @@ def read_picture(
 ) -> Picture:
     "Read a picture with its alpha, bits and colour profile; raises `ImageError`."
     array, icc = read_array(path, max_pixels=max_pixels)
-    has_alpha = array.shape[2] in (2, 4)
-    split = array.shape[2] - has_alpha
-    alpha = _to_float(array[..., split:]) if has_alpha else None
-    return Picture(_to_float(array[..., :split]), alpha, 8 if array.dtype == np.uint8 else 16, icc)
+    bits = 8 if array.dtype == np.uint8 else 16
+    if array.shape[2] in (1, 3):
+        return Picture(_to_float(array), None, bits, icc)
+    return Picture(_to_float(array[..., :-1]), _to_float(array[..., -1:]), bits, icc)
 
 # %% ../nbs/bench/image_files.ipynb #7ea77079
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike,  # the file to appear; its folder is made if needed
               ) -> Iterator[BinaryIO]:  # write to this
-    "A binary file that becomes `path` on success and vanishes on failure; `ImageError` if it cannot be written."
+    "A binary file that becomes `path` on success and vanishes on failure; raises `ImageError`."
     path = Path(path)
     draft = path.with_name(f".irnb-{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -498,82 +398,116 @@ def replacing(path: str | os.PathLike,  # the file to appear; its folder is made
             os.fsync(f.fileno())
         os.replace(draft, path)
     except OSError as e:
-        with contextlib.suppress(OSError):  # where nothing can be written, there may be nothing to remove either
+        with contextlib.suppress(OSError):  # where nothing can be written, there may be nothing to remove
             draft.unlink(missing_ok=True)
-        raise ImageError(f"{path}: cannot be written ({e.strerror or e}); free space or choose another folder") from e
+        remedy = "free space or choose another folder"
+        raise ImageError(f"{path}: cannot be written ({e.strerror or e}); {remedy}") from e
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
 
 # %% ../nbs/bench/image_files.ipynb #75dd6d64
+def _refusal(suffix: str, channels: int, bits: int) -> str | None:
+    "Why a format cannot hold such a picture; None if it can."
+    if suffix not in SUFFIXES:
+        return f"cannot write {suffix or 'a file without suffix'}; use one of {', '.join(SUFFIXES)}"
+    if channels not in (1, 2, 3, 4):
+        return f"{channels} channels; a picture has 1 (grey) or 3 (RGB), and at most one of alpha"
+    if bits not in (8, 16):
+        return f"{bits} bits; use 8 or 16"
+    if bits == 16 and suffix not in (".png", ".tif", ".tiff"):
+        return f"{suffix} cannot hold 16 bits; use .png or .tif, or bits=8"
+    if channels in (2, 4) and suffix in (".jpg", ".jpeg", ".bmp"):
+        return f"{suffix} cannot hold alpha; use .png, .tif or .webp"
+    return None
+
+
 def check_writable(
     path: str | os.PathLike,  # the file to be written
     channels: int,  # 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA
     bits: int,  # 8 or 16
 ) -> None:
     "Raise `ImageError` if the format that the suffix names cannot hold such a picture."
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ImageError(f"{path}: cannot write {suffix or 'a file without suffix'}; use one of {', '.join(SUFFIXES)}")
-    if channels not in (1, 2, 3, 4):
-        raise ImageError(f"{path}: {channels} channels; a picture has 1 (grey) or 3 (RGB), and at most one of alpha")
-    if bits not in (8, 16):
-        raise ImageError(f"{path}: {bits} bits; use 8 or 16")
-    if bits == 16 and suffix not in (".png", ".tif", ".tiff"):
-        raise ImageError(f"{path}: {suffix} cannot hold 16 bits; use .png or .tif, or bits=8")
-    if channels in (2, 4) and suffix in (".jpg", ".jpeg", ".bmp"):
-        raise ImageError(f"{path}: {suffix} cannot hold alpha; use .png, .tif or .webp")
+    if why := _refusal(Path(path).suffix.lower(), channels, bits):
+        raise ImageError(f"{path}: {why}")
+
+# %% ../nbs/bench/image_files.ipynb #96027c85
+_PILLOW = {  # suffix -> Pillow's format and options
+    ".png": ("PNG", {}),
+    ".bmp": ("BMP", {}),
+    ".webp": ("WEBP", {"lossless": True, "exact": True}),  # exact: keep the colour under transparent pixels
+    ".tif": ("TIFF", {"compression": "tiff_adobe_deflate"}),
+    ".tiff": ("TIFF", {"compression": "tiff_adobe_deflate"}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+}
+
+
+def _pillow_write(file: BinaryIO, array: np.ndarray, suffix: str, icc: bytes | None) -> None:
+    "Write (H, W, 1..4) uint8 by Pillow."
+    from PIL import Image
+    im = Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array))
+    kind, options = _PILLOW[suffix]
+    profile = {"icc_profile": icc} if icc and kind != "BMP" else {}
+    im.save(file, kind, **options, **profile)
+
+
+def _tiff_write(file: BinaryIO, array: np.ndarray, icc: bytes | None) -> None:
+    "Write (H, W, 1..4) uint16 by tifffile."
+    import tifffile
+    channels = array.shape[2]
+    pixels = array if channels > 1 else array[..., 0]
+    alpha = ["unassalpha"] if channels in (2, 4) else None
+    photometric = "rgb" if channels > 2 else "minisblack"
+    tifffile.imwrite(file, pixels, compression="zlib", iccprofile=icc, photometric=photometric,
+                     planarconfig="contig", extrasamples=alpha, metadata=None)
 
 # %% ../nbs/bench/image_files.ipynb #9504d91c
+def _write(file: BinaryIO, array: np.ndarray, suffix: str, icc: bytes | None) -> None:
+    "Choose the encoder by suffix and bits."
+    if array.dtype == np.uint8:
+        _pillow_write(file, array, suffix, icc)
+    elif suffix == ".png":
+        write_png(file, array, icc)
+    else:
+        _tiff_write(file, array, icc)
+
+
 def write_array(
     path: str | os.PathLike,  # the suffix chooses the format
     array: np.ndarray,  # (H, W, C) uint8 or uint16, C = 1..4; 2 and 4 mean alpha
     *,
     icc: bytes | None = None,  # colour profile
 ) -> None:
-    "Write the integers of a picture atomically; JPEG at 95 unsubsampled, else lossless; raises `ImageError`."
-    path, suffix = Path(path), Path(path).suffix.lower()
+    "Write integers atomically; JPEG at 95 unsubsampled, else lossless; raises `ImageError`."
+    path = Path(path)
     if array.ndim != 3 or array.dtype not in (np.uint8, np.uint16) or 0 in array.shape:
-        raise ImageError(f"{path}: cannot write {array.dtype} of shape {array.shape}; use (H, W, C) uint8 or uint16")
-    check_writable(path, array.shape[2], bits := 8 * array.dtype.itemsize)
+        use = "use (H, W, C) uint8 or uint16"
+        raise ImageError(f"{path}: cannot write {array.dtype} of shape {array.shape}; {use}")
+    check_writable(path, array.shape[2], 8 * array.dtype.itemsize)
     with replacing(path) as file:
-        if suffix == ".png" and bits == 16:
-            _png_write(file, array, icc)
-        elif bits == 16:
-            import tifffile
-            tifffile.imwrite(file, array if array.shape[2] > 1 else array[..., 0], compression="zlib", iccprofile=icc,
-                             photometric="rgb" if array.shape[2] > 2 else "minisblack", planarconfig="contig",
-                             extrasamples=["unassalpha"] if array.shape[2] in (2, 4) else None, metadata=None)
-        else:
-            _pillow_write(file, array, suffix, icc)
-
-# %% ../nbs/bench/image_files.ipynb #96027c85
-def _pillow_write(file: BinaryIO, array: np.ndarray, suffix: str, icc: bytes | None) -> None:
-    "Write (H, W, 1..4) uint8 by Pillow."
-    from PIL import Image
-    im = Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array))
-    kind, options = {
-        ".png": ("PNG", {}),
-        ".bmp": ("BMP", {}),
-        ".webp": ("WEBP", dict(lossless=True, exact=True)),  # exact: keep the colour under transparent pixels
-        ".tif": ("TIFF", dict(compression="tiff_adobe_deflate")),
-        ".tiff": ("TIFF", dict(compression="tiff_adobe_deflate")),
-    }.get(suffix, ("JPEG", dict(quality=95, subsampling=0)))
-    if kind != "BMP" and icc:
-        options["icc_profile"] = icc
-    im.save(file, kind, **options)
+        _write(file, array, path.suffix.lower(), icc)
 
 # %% ../nbs/bench/image_files.ipynb #0d1bc3c4
-def _to_integers(path: Path, planes: list[Tensor], bits: int) -> np.ndarray:
-    "Planes (H, W) in [0, 1] to (H, W, C) integers; one plane at a time keeps the peak of memory low."
-    top, kind = 2**bits - 1, np.uint8 if bits == 8 else np.uint16
-    out = np.empty((*planes[0].shape, len(planes)), kind)
+def _finite(path: Path, plane: Tensor, channel: int) -> Tensor:
+    "A plane as float32 on the CPU; refuse NaN and infinity."
+    plane = plane.detach().float().cpu()
+    if bad := int((~torch.isfinite(plane)).sum()):
+        what = f"{bad} pixels of channel {channel} are NaN or infinite"
+        raise ImageError(f"{path}: {what}; check the network's output")
+    return plane
+
+
+def to_integers(
+    path: str | os.PathLike,  # named if a value is not finite
+    planes: list[Tensor],  # each (H, W), on the scale [0, 1]; clamped
+    bits: int,  # 8 or 16
+) -> np.ndarray:  # (H, W, C) uint8 or uint16
+    "Planes as integers; one plane at a time keeps the peak of memory low; raises `ImageError`."
+    top = 2**bits - 1
+    out = np.empty((*planes[0].shape, len(planes)), np.uint8 if bits == 8 else np.uint16)
     for i, plane in enumerate(planes):
-        plane = plane.detach().float().cpu()
-        if bad := int((~torch.isfinite(plane)).sum()):
-            raise ImageError(f"{path}: {bad} pixels of channel {i} are NaN or infinite; check the network's output")
-        out[..., i] = plane.clamp(0, 1).mul_(top).round_().numpy()
+        out[..., i] = _finite(Path(path), plane, i).clamp(0, 1).mul_(top).round_().numpy()
     return out
 
 # %% ../nbs/bench/image_files.ipynb #3fce62ad
@@ -588,28 +522,36 @@ def _check_values(path: Path, what: str, values: Tensor) -> None:
     if not values.numel():
         return
     low, high = (v.item() for v in values.detach().float().aminmax())
-    finite = math.isfinite(low) and math.isfinite(high)  # what is not, _to_integers counts
+    finite = math.isfinite(low) and math.isfinite(high)  # what is not, to_integers counts
     if finite and (low < -OVERSHOOT or high > 1 + OVERSHOOT):
         raise ImageError(f"{path}: {what} from {low:g} to {high:g}, not in [0, 1]; divide 8-bit values by 255")
 
 # %% ../nbs/bench/image_files.ipynb #d451fb17
+def _check_shapes(path: Path, pixels: Tensor, alpha: Tensor | None) -> None:
+    "Refuse what is not one picture."
+    shape = tuple(pixels.shape)
+    if len(shape) != 3 or shape[0] not in (1, 3) or 0 in shape:
+        raise ImageError(f"{path}: pixels of shape {shape}; use (1, H, W) grey or (3, H, W) RGB")
+    wanted = (1, *shape[1:])
+    if alpha is not None and tuple(alpha.shape) != wanted:
+        raise ImageError(f"{path}: alpha of shape {tuple(alpha.shape)}; use {wanted}")
+
+
 def write_picture(
     path: str | os.PathLike,  # the suffix chooses the format
     picture: Picture,
 ) -> None:
-    "Write in kind and atomically, clamped to [0, 1] and rounded; raises `ImageError`, also for another scale."
+    "Write in kind and atomically, clamped and rounded; raises `ImageError`, also for another scale."
     path = Path(path)
-    for what, values in (("pixels", picture.pixels), ("alpha", picture.alpha)):
-        if values is not None:
-            _check_values(path, what, values)
-    shape = tuple(picture.pixels.shape)
-    if len(shape) != 3 or shape[0] not in (1, 3) or 0 in shape:
-        raise ImageError(f"{path}: pixels of shape {shape}; use (1, H, W) grey or (3, H, W) RGB")
-    if picture.alpha is not None and tuple(picture.alpha.shape) != (1, *shape[1:]):
-        raise ImageError(f"{path}: alpha of shape {tuple(picture.alpha.shape)}; use (1, {shape[1]}, {shape[2]})")
-    planes = list(picture.pixels) + ([] if picture.alpha is None else [picture.alpha[0]])
+    _check_values(path, "pixels", picture.pixels)
+    if picture.alpha is not None:
+        _check_values(path, "alpha", picture.alpha)
+    _check_shapes(path, picture.pixels, picture.alpha)
+    planes = list(picture.pixels)
+    if picture.alpha is not None:
+        planes.append(picture.alpha[0])
     check_writable(path, len(planes), picture.bits)
-    write_array(path, _to_integers(path, planes, picture.bits), icc=picture.icc)
+    write_array(path, to_integers(path, planes, picture.bits), icc=picture.icc)
 
 # %% ../nbs/bench/image_files.ipynb #3fd7f48b
 def read_image(
@@ -636,6 +578,11 @@ def write_image(
     write_picture(path, Picture(image, bits=bits))
 
 # %% ../nbs/bench/image_files.ipynb #2950feee
+def _is_shown(name: str) -> bool:
+    "Whether a name is not hidden."
+    return not name.startswith(".")
+
+
 def image_files(
     directory: str | os.PathLike,  # searched with all its folders; links to folders are not followed
 ) -> list[Path]:  # sorted
@@ -645,6 +592,6 @@ def image_files(
         raise ImageError(f"{directory}: no such folder; check the path")
     found = []
     for root, folders, files in os.walk(directory):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        found += [Path(root, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in SUFFIXES]
-    return sorted(found)
+        folders[:] = filter(_is_shown, folders)
+        found += [Path(root, name) for name in filter(_is_shown, files)]
+    return sorted(path for path in found if path.suffix.lower() in SUFFIXES)

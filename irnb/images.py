@@ -77,9 +77,11 @@ def pad_to_multiple(
 ) -> Tensor:
     "Pad at the right and at the bottom; `x` itself if there is nothing to pad."
     if multiple < 1 or mode not in ("reflect", "replicate"):
-        raise ValueError(f"pad_to_multiple: multiple must be >= 1 and mode 'reflect' or 'replicate', got {multiple}, {mode!r}")
+        want = "multiple must be >= 1 and mode 'reflect' or 'replicate'"
+        raise ValueError(f"pad_to_multiple: {want}, got {multiple}, {mode!r}")
     for dim in (-2, -1):
-        size, padded = x.shape[dim], _round_up(x.shape[dim], multiple)
+        size = x.shape[dim]
+        padded = _round_up(size, multiple)
         if padded != size:
             x = x.index_select(dim, _pad_index(size, padded, mode, x.device))
     return x
@@ -103,13 +105,19 @@ def dihedral(
     return x.flip(dims) if dims else x
 
 
-def _dihedral_each(x: Tensor, k: Tensor, inverse: bool) -> Tensor:
-    "`dihedral` with one k per image."
+def _check_squares(x: Tensor, k: Tensor) -> None:
+    "Refuse images that cannot be turned one by one."
     if x.shape[-1] != x.shape[-2] or x.dim() < 3 or k.shape != x.shape[:1]:
         raise ValueError(f"dihedral: one k per image needs square images (B, ..., N, N) and k (B,), "
                          f"got {tuple(x.shape)} and {tuple(k.shape)}; crop to squares or pass one number")
+
+
+def _dihedral_each(x: Tensor, k: Tensor, inverse: bool) -> Tensor:
+    "`dihedral` with one k per image."
+    _check_squares(x, k)
     k = k.to(x.device).view(-1, *[1] * (x.dim() - 1))
-    k = torch.where(k == 3, 5, torch.where(k == 5, 3, k)) if inverse else k
+    if inverse:
+        k = torch.where(k == 3, 5, torch.where(k == 5, 3, k))
     x = torch.where((k & 1).bool(), x.transpose(-2, -1), x)
     x = torch.where((k & 2).bool(), x.flip(-2), x)
     return torch.where((k & 4).bool(), x.flip(-1), x)
@@ -125,27 +133,38 @@ class _Span:
     core: tuple[int, int]  # its share of a partition of the axis
 
 
+def _starts(size: int, tile: int, hop: int) -> list[int]:
+    "Where tiles start: every hop, the last one at the end of the axis."
+    if size <= tile:
+        return [0]
+    return [0] + [min(s, size - tile) for s in range(hop, size - tile + hop, hop)]
+
+
 def _spans(size: int, tile: int, overlap: int, margin: int, multiple: int) -> list[_Span]:
-    "Cover `size` (a multiple) by tiles of equal length, starts on the multiple, neighbours overlapping by >= overlap."
+    "Cover `size` (a multiple) by equal tiles, starts on the multiple, neighbours overlapping by >= overlap."
     tile = min(_round_up(tile, multiple), size)
-    hop = (tile - overlap) // multiple * multiple
-    starts = [0] + [min(s, size - tile) for s in range(hop, size - tile + hop, hop)] if size > tile else [0]
-    cuts = [0] + [(b + a + tile) // 2 // multiple * multiple for a, b in zip(starts, starts[1:])] + [size]
-    spans = []
-    for i, s in enumerate(starts):
-        fade, full = (s + margin, starts[i - 1] + tile - margin) if i else (0, 0)
-        spans.append(_Span(s, s + tile, fade, full, (cuts[i], cuts[i + 1])))
+    starts = _starts(size, tile, (tile - overlap) // multiple * multiple)
+    middles = [(b + a + tile) // 2 // multiple * multiple for a, b in zip(starts, starts[1:])]
+    cores = list(zip([0, *middles], [*middles, size]))
+    spans = [_Span(0, tile, 0, 0, cores[0])]
+    for last, start, core in zip(starts, starts[1:], cores[1:]):
+        spans.append(_Span(start, start + tile, start + margin, last + tile - margin, core))
     return spans
 
 # %% ../nbs/bench/images.ipynb #e3d2179e
+def _ramp(canvas: Tensor, length: int, whole: int, dim: int) -> Tensor:
+    "The first `length` weights of a ramp over `whole` pixels, along `dim`."
+    weight = (torch.arange(length, device=canvas.device, dtype=canvas.dtype) + 0.5) / whole
+    return weight.view(-1, *[1] * (-1 - dim))
+
+
 def _paint(canvas: Tensor, patch: Tensor, span: _Span, dim: int, scale: int) -> None:
     "Lay `patch` over `canvas` along `dim`, fading in as `span` says; what exceeds the canvas is cropped."
-    end, origin = canvas.shape[dim], span.start * scale
+    end = canvas.shape[dim]
+    origin = span.start * scale
     fade, full, stop = (min(v * scale, end) for v in (span.fade, span.full, span.stop))
     if full > fade:
-        length = (span.full - span.fade) * scale
-        weight = (torch.arange(full - fade, device=canvas.device, dtype=canvas.dtype) + 0.5) / length
-        weight = weight.view(-1, *[1] * (-1 - dim))
+        weight = _ramp(canvas, full - fade, (span.full - span.fade) * scale, dim)
         canvas.narrow(dim, fade, full - fade).lerp_(patch.narrow(dim, fade - origin, full - fade), weight)
     if stop > full:
         canvas.narrow(dim, full, stop - full).copy_(patch.narrow(dim, full - origin, stop - full))
@@ -155,15 +174,20 @@ class _Stop(Exception):
     "Ends a forward pass at the average that is being measured."
 
 # %% ../nbs/bench/images.ipynb #ae9b019c
+def _layers(net: Callable) -> list[nn.Module]:
+    "All modules of a net; none, if it is a plain function."
+    return list(net.modules()) if isinstance(net, nn.Module) else []
+
+
 class _WholeMeans:
     "Replaces a net's global average pools by those of the whole picture, found pool by pool."
 
     def __init__(self, net: Callable):
-        modules = net.modules() if isinstance(net, nn.Module) else ()
-        pools = (m for m in modules if isinstance(m, nn.AdaptiveAvgPool2d))
+        pools = [m for m in _layers(net) if isinstance(m, nn.AdaptiveAvgPool2d)]
         self.pools = [m for m in pools if m.output_size in (1, (1, 1), [1, 1])]
         self.known: list[Tensor] = []  # (B, C, 1, 1) each, in the order of the calls
-        self.total, self.count = None, 0
+        self.total = None
+        self.count = 0
 
     def __enter__(self):
         self.handles = [m.register_forward_hook(self.hook) for m in dict.fromkeys(self.pools)]
@@ -175,25 +199,31 @@ class _WholeMeans:
 
     def start(self, row: _Span, col: _Span) -> None:
         "A new tile begins."
-        self.row, self.col, self.calls = row, col, 0
+        self.row = row
+        self.col = col
+        self.calls = 0
 
     def hook(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         "Give the known average, or measure an unknown one and stop."
         self.calls += 1
         if self.calls <= len(self.known):
             return self.known[self.calls - 1].to(output.dtype)
-        x = args[0]
-        rows, cols = _feature_core(self.row, x.shape[-2]), _feature_core(self.col, x.shape[-1])
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
-        part = x[..., rows, cols].sum((-2, -1), keepdim=True, dtype=wide)
-        self.total = part if self.total is None else self.total + part
-        self.count += (rows.stop - rows.start) * (cols.stop - cols.start)
+        self.measure(args[0])
         raise _Stop
+
+    def measure(self, x: Tensor) -> None:
+        "Add the features (B, C, h, w) of this tile's core."
+        core = x[..., _feature_core(self.row, x.shape[-2]), _feature_core(self.col, x.shape[-1])]
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        part = core.sum((-2, -1), keepdim=True, dtype=wide)
+        self.total = part if self.total is None else self.total + part
+        self.count += core.shape[-2] * core.shape[-1]
 
     def commit(self) -> None:
         "The pass is over: its average is known."
         self.known.append(self.total / self.count)
-        self.total, self.count = None, 0
+        self.total = None
+        self.count = 0
 
 # %% ../nbs/bench/images.ipynb #a521bd2b
 def _feature_core(span: _Span, size: int) -> slice:
@@ -201,24 +231,25 @@ def _feature_core(span: _Span, size: int) -> slice:
     length = span.stop - span.start
     ends = [(edge - span.start) * size for edge in span.core]
     if any(e % length for e in ends):
-        raise ValueError(f"tiled: a feature map of {size} samples does not divide the tile of {length} pixels "
-                         f"at its core {span.core}; pass the net's total stride as multiple")
+        what = f"a feature map of {size} samples does not divide the tile of {length} pixels"
+        raise ValueError(f"tiled: {what} at its core {span.core}; pass the net's total stride as multiple")
     return slice(ends[0] // length, ends[1] // length)
 
 
 def _warn_global(net: Callable) -> None:
     "Name layers whose result depends on the whole picture and that `tiled` does not treat."
     kinds = (nn.InstanceNorm2d, nn.GroupNorm, nn.AdaptiveMaxPool2d)
-    names = {type(m).__name__ for m in (net.modules() if isinstance(net, nn.Module) else ()) if isinstance(m, kinds)}
+    names = {type(m).__name__ for m in _layers(net) if isinstance(m, kinds)}
     if names:
-        warnings.warn(f"tiled: {', '.join(sorted(names))} depend on the whole picture; tiles will differ from "
-                      "the untiled result, use a larger tile", stacklevel=3)
+        warnings.warn(f"tiled: {', '.join(sorted(names))} depend on the whole picture; tiles will differ "
+                      "from the untiled result, use a larger tile", stacklevel=3)
 
 # %% ../nbs/bench/images.ipynb #a9f2592f
-def _fetch(x: Tensor, row: _Span, col: _Span, rows: Tensor, cols: Tensor) -> Tensor:
-    "One tile of `x` (B, C, H, W), padded where it exceeds the picture."
-    x = x[..., row.start : row.stop, :] if row.stop <= x.shape[-2] else x.index_select(-2, rows[row.start : row.stop])
-    return x[..., col.start : col.stop] if col.stop <= x.shape[-1] else x.index_select(-1, cols[col.start : col.stop])
+def _part(x: Tensor, span: _Span, index: Tensor, dim: int) -> Tensor:
+    "One tile's share of an axis, padded where it exceeds the picture."
+    if span.stop <= x.shape[dim]:
+        return x.narrow(dim, span.start, span.stop - span.start)
+    return x.index_select(dim, index[span.start : span.stop])
 
 
 def _call(net: Callable, x: Tensor, scale: int) -> Tensor:
@@ -226,51 +257,93 @@ def _call(net: Callable, x: Tensor, scale: int) -> Tensor:
     y = net(x)
     want = (x.shape[0], x.shape[-2] * scale, x.shape[-1] * scale)
     if y.dim() != 4 or (y.shape[0], *y.shape[-2:]) != want:
-        raise ValueError(f"tiled: the net turned {tuple(x.shape)} into {tuple(y.shape)}, not {scale} times as large; "
-                         "set scale and multiple to the net's")
+        what = f"the net turned {tuple(x.shape)} into {tuple(y.shape)}"
+        raise ValueError(f"tiled: {what}, not {scale} times as large; set scale and multiple to the net's")
     return y
 
 # %% ../nbs/bench/images.ipynb #9374fe73
-def _pass(net: Callable, x: Tensor, rows: list[_Span], cols: list[_Span], scale: int,
-          means: _WholeMeans, bar) -> Tensor | None:
-    "Run all tiles once: the picture, or None if the pass measured an average."
-    index = [_pad_index(n, s[-1].stop, "reflect", x.device) for n, s in zip(x.shape[-2:], (rows, cols))]
-    height, width = (n * scale for n in x.shape[-2:])
-    canvas = strip = None
-    for row in rows:
-        for col in cols:
-            means.start(row, col)
-            try:
-                y = _call(net, _fetch(x, row, col, *index), scale)
-            except _Stop:
-                bar.update()
-                continue
-            if canvas is None:
-                canvas, strip = y.new_empty(*y.shape[:2], height, width), y.new_empty(*y.shape[:3], width)
-            _paint(strip, y, col, -1, scale)
+@dataclass(frozen=True)
+class _Tiles:
+    "The tiles of a picture, and what is done to each."
+    net: Callable
+    x: Tensor  # (B, C, H, W)
+    rows: list[_Span]
+    cols: list[_Span]
+    scale: int  # output pixels per input pixel
+    means: _WholeMeans
+
+    def index(self) -> list[Tensor]:
+        "The source row and column of each padded position."
+        sizes = zip(self.x.shape[-2:], (self.rows, self.cols))
+        return [_pad_index(n, spans[-1].stop, "reflect", self.x.device) for n, spans in sizes]
+
+    def restored(self, row: _Span, col: _Span, index: list[Tensor]) -> Tensor | None:
+        "One tile through the net; None if it measured an average instead."
+        self.means.start(row, col)
+        tile = _part(_part(self.x, row, index[0], -2), col, index[1], -1)
+        try:
+            return _call(self.net, tile, self.scale)
+        except _Stop:
+            return None
+
+    def canvas(self, y: Tensor, height: int) -> Tensor:
+        "Place for all columns of some rows, like the first tile."
+        return y.new_empty(*y.shape[:2], height, self.x.shape[-1] * self.scale)
+
+    def strip(self, row: _Span, index: list[Tensor], bar: Any) -> Tensor | None:
+        "All tiles of a row, painted side by side; None if they measured an average."
+        strip = None
+        for col in self.cols:
+            y = self.restored(row, col, index)
             bar.update()
-        if canvas is not None:
-            _paint(canvas, strip, row, -2, scale)
-    return canvas
+            if y is not None:
+                strip = self.canvas(y, y.shape[-2]) if strip is None else strip
+                _paint(strip, y, col, -1, self.scale)
+        return strip
+
+    def run(self, bar: Any) -> Tensor | None:
+        "Run all tiles once: the picture, or None if the pass measured an average."
+        index = self.index()
+        canvas = None
+        for row in self.rows:
+            strip = self.strip(row, index, bar)
+            if strip is not None:
+                canvas = self.canvas(strip, self.x.shape[-2] * self.scale) if canvas is None else canvas
+                _paint(canvas, strip, row, -2, self.scale)
+        return canvas
 
 # %% ../nbs/bench/images.ipynb #4462c5b8
-def _check_tiling(x: Tensor, tile: int, overlap: int, margin: int, multiple: int, scale: int, statistics: str) -> None:
+def _check_tiling(x: Tensor, tile: int, overlap: int, margin: int, multiple: int, scale: int) -> None:
     "Refuse settings that cannot give the untiled result."
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"tiled: expected (B, C, H, W), not empty, got {tuple(x.shape)}")
     if min(tile, multiple, scale) < 1 or min(overlap, margin) < 0:
         raise ValueError(f"tiled: tile, multiple, scale >= 1 and overlap, margin >= 0 needed, "
                          f"got {tile}, {multiple}, {scale}, {overlap}, {margin}")
-    if statistics not in ("image", "tile"):
-        raise ValueError(f"tiled: statistics must be 'image' or 'tile', got {statistics!r}")
-    if overlap < 2 * _round_up(margin, multiple):
-        raise ValueError(f"tiled: overlap {overlap} is smaller than twice the margin {margin} (rounded up to a multiple "
-                         f"of {multiple}); use overlap >= {2 * _round_up(margin, multiple)}")
+    least = 2 * _round_up(margin, multiple)
+    if overlap < least:
+        raise ValueError(f"tiled: overlap {overlap} is smaller than twice the margin {margin} "
+                         f"(rounded up to a multiple of {multiple}); use overlap >= {least}")
     if _round_up(tile, multiple) - overlap < multiple:
         raise ValueError(f"tiled: tile {tile} leaves no step beside overlap {overlap}; "
                          f"use tile >= {overlap + multiple}, better twice the overlap")
 
 # %% ../nbs/bench/images.ipynb #de8eec3a
+def _passes(tiles: _Tiles, progress: bool) -> Tensor:
+    "Run all tiles until every average is known; the last pass restores."
+    from tqdm.auto import tqdm
+    total = len(tiles.rows) * len(tiles.cols)
+    with tiles.means as means:
+        while True:
+            name = f"pass {len(means.known) + 1} of {len(means.pools) + 1}"
+            hidden = None if progress else True
+            with tqdm(total=total, desc=name, unit="tile", disable=hidden, leave=False) as bar:
+                y = tiles.run(bar)
+            if y is not None:
+                return y
+            means.commit()
+
+
 @torch.no_grad()
 def tiled(
     net: Callable[[Tensor], Tensor],  # (B, C, h, w) -> (B, C', h*scale, w*scale)
@@ -284,22 +357,17 @@ def tiled(
     progress: bool = False,  # a bar per pass
     statistics: str = "image",  # global averages of the "image" (exact, one more pass each) or of each "tile"
 ) -> Tensor:  # (B, C', H*scale, W*scale), without gradient
-    "`net(pad_to_multiple(x, multiple))`, cropped, computed tile by tile; a picture within one tile is one plain call."
-    _check_tiling(x, tile, overlap, margin, multiple, scale, statistics)
-    height, width = x.shape[-2:]
-    rows, cols = (_spans(_round_up(n, multiple), tile, overlap, margin, multiple) for n in (height, width))
-    if len(rows) == len(cols) == 1:
-        return _call(net, pad_to_multiple(x, multiple), scale)[..., : height * scale, : width * scale]
+    "`net(pad_to_multiple(x, multiple))`, cropped, computed tile by tile; raises `ValueError`."
+    _check_tiling(x, tile, overlap, margin, multiple, scale)
+    if statistics not in ("image", "tile"):
+        raise ValueError(f"tiled: statistics must be 'image' or 'tile', got {statistics!r}")
+    h, w = x.shape[-2:]
+    rows, cols = (_spans(_round_up(n, multiple), tile, overlap, margin, multiple) for n in (h, w))
+    if len(rows) == len(cols) == 1:  # a picture within one tile is one plain call
+        return _call(net, pad_to_multiple(x, multiple), scale)[..., : h * scale, : w * scale]
     _warn_global(net)
-    from tqdm.auto import tqdm
-    with _WholeMeans(net if statistics == "image" else None) as means:
-        while True:
-            name = f"pass {len(means.known) + 1} of {len(means.pools) + 1}"
-            with tqdm(total=len(rows) * len(cols), desc=name, unit="tile", disable=None if progress else True, leave=False) as bar:
-                y = _pass(net, x, rows, cols, scale, means, bar)
-            if y is not None:
-                return y
-            means.commit()
+    means = _WholeMeans(net if statistics == "image" else None)
+    return _passes(_Tiles(net, x, rows, cols, scale, means), progress)
 
 # %% ../nbs/bench/images.ipynb #3d5e5a4c
 def _array(image: Tensor) -> np.ndarray:
@@ -308,7 +376,8 @@ def _array(image: Tensor) -> np.ndarray:
     image = image[0] if image.dim() == 4 and image.shape[0] == 1 else image
     image = image[None] if image.dim() == 2 else image
     if image.dim() != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"show: expected (1, H, W) or (3, H, W), got {tuple(image.shape)}; pass one image at a time")
+        got = tuple(image.shape)
+        raise ValueError(f"show: expected (1, H, W) or (3, H, W), got {got}; pass one image at a time")
     return image.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 # %% ../nbs/bench/images.ipynb #f48ba5d2
@@ -325,6 +394,14 @@ def _figure(width: float, height: float):
     return Shown(figsize=(width, height), dpi=80, layout="constrained")
 
 # %% ../nbs/bench/images.ipynb #197f8566
+def _panels(figure: Any, nrows: int, ncols: int, **options: Any) -> np.ndarray:
+    "Axes (nrows, ncols) without frames."
+    axes = figure.subplots(nrows, ncols, squeeze=False, **options)
+    for ax in axes.flat:
+        ax.axis("off")
+    return axes
+
+
 def show(
     images: Tensor | list[Tensor],  # (B, C, H, W), or a list of (C, H, W); C = 1 or 3
     titles: list[str] | None = None,  # one per image
@@ -332,7 +409,7 @@ def show(
     *,
     width: float = 2.6,  # inches per image
 ):  # a matplotlib figure
-    "A grid of images, clamped to [0, 1]."
+    "A grid of images, clamped to [0, 1]; raises `ValueError` if there are none."
     images = list(images)
     if not images:
         raise ValueError("show: no images; pass at least one")
@@ -340,15 +417,38 @@ def show(
     nrows = math.ceil(len(images) / ncols)
     aspect = max(i.shape[-2] / i.shape[-1] for i in images)
     figure = _figure(width * ncols, (width * aspect + 0.3 * bool(titles)) * nrows)
-    axes = figure.subplots(nrows, ncols, squeeze=False).ravel()
-    for ax in axes:
-        ax.axis("off")
+    axes = _panels(figure, nrows, ncols).ravel()
     for ax, image, title in zip(axes, images, titles or [None] * len(images)):
         ax.imshow(_array(image), interpolation="nearest")
         ax.set_title(title, fontsize=9)
     return figure
 
 # %% ../nbs/bench/images.ipynb #0fc8deda
+_Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
+
+
+def _crop(picture: np.ndarray, box: _Box) -> np.ndarray:
+    "The part of a picture (H, W, 3) inside a box."
+    top, left, h, w = box
+    return picture[top : top + h, left : left + w]
+
+
+def _check_box(box: _Box, shape: tuple[int, ...]) -> None:
+    "Refuse a box that is not inside a picture."
+    top, left, h, w = box
+    if not (0 <= top < top + h <= shape[0] and 0 <= left < left + w <= shape[1]):
+        raise ValueError(f"show_crops: box {box} is not inside {shape[0]}x{shape[1]}; "
+                         "use (top, left, height, width)")
+
+
+def _draw_place(ax: Any, full: np.ndarray, box: _Box) -> None:
+    "The whole picture with the box marked."
+    from matplotlib.patches import Rectangle
+    top, left, h, w = box
+    ax.imshow(full)
+    ax.add_patch(Rectangle((left, top), w, h, fill=False, edgecolor="#ffb000", linewidth=2))
+
+
 def show_crops(
     images: dict[str, Tensor],  # title -> (C, H, W), all of one size
     box: tuple[int, int, int, int],  # (top, left, height, width) of the crop, in pixels
@@ -358,25 +458,19 @@ def show_crops(
     width: float = 2.2,  # inches per crop
 ):  # a matplotlib figure
     "The first image with the crop's place marked, the crops, and their error maps on one scale."
-    from matplotlib.patches import Rectangle
-    top, left, h, w = box
     full = _array(next(iter(images.values())))
-    if not (0 <= top < top + h <= full.shape[0] and 0 <= left < left + w <= full.shape[1]):
-        raise ValueError(f"show_crops: box {box} is not inside {full.shape[0]}x{full.shape[1]}; "
-                         "use (top, left, height, width)")
-    crops = {name: _array(image)[top : top + h, left : left + w] for name, image in images.items()}
+    _check_box(box, full.shape)
+    crops = {name: _crop(_array(image), box) for name, image in images.items()}
     nrows = 1 if reference is None else 2
-    figure = _figure(width * (len(crops) + 1.4), nrows * (width * h / w + 0.35))
-    axes = figure.subplots(nrows, len(crops) + 1, squeeze=False, width_ratios=[1.4] + [1] * len(crops))
-    for ax in axes.flat:
-        ax.axis("off")
-    axes[0, 0].imshow(full)
-    axes[0, 0].add_patch(Rectangle((left, top), w, h, fill=False, edgecolor="#ffb000", linewidth=2))
+    height = nrows * (width * box[2] / box[3] + 0.35)
+    figure = _figure(width * (len(crops) + 1.4), height)
+    axes = _panels(figure, nrows, len(crops) + 1, width_ratios=[1.4] + [1] * len(crops))
+    _draw_place(axes[0, 0], full, box)
     for ax, (name, crop) in zip(axes[0, 1:], crops.items()):
         ax.imshow(crop, interpolation="nearest")
         ax.set_title(name, fontsize=9)
     if reference is not None:
-        _error_maps(figure, axes[1, 1:], crops.values(), _array(reference)[top : top + h, left : left + w], limit)
+        _error_maps(figure, axes[1, 1:], crops.values(), _crop(_array(reference), box), limit)
     return figure
 
 # %% ../nbs/bench/images.ipynb #3d9560bf
@@ -390,13 +484,13 @@ def _error_maps(figure, axes, crops, truth: np.ndarray, limit: float | None) -> 
     figure.colorbar(shown, ax=list(axes), label="|error| (1/255)", fraction=0.04)
 
 # %% ../nbs/bench/images.ipynb #g0img006
-_MOVED = ("SUFFIXES MAX_PIXELS MAX_PROFILE MAX_PAGES MAX_SCANS OVERSHOOT ImageError Picture printable read_array "
-          "read_picture replacing check_writable write_array write_picture read_image write_image image_files "
-          "_to_integers")
+_MOVED = ("SUFFIXES MAX_PIXELS MAX_PAGES MAX_SCANS OVERSHOOT ImageError Picture printable read_array "
+          "read_picture replacing check_writable write_array write_picture read_image write_image image_files")
 
 
 def __getattr__(name: str) -> Any:
     "What moved to `irnb.image_files`."
-    if name in _MOVED.split():
-        return getattr(importlib.import_module("irnb.image_files"), name)
+    moved = {"_to_integers": "to_integers", **{n: n for n in _MOVED.split()}}
+    if name in moved:
+        return getattr(importlib.import_module("irnb.image_files"), moved[name])
     raise AttributeError(f"irnb.images has no {name!r}")

@@ -28,15 +28,28 @@ def _band(weights: Tensor) -> Tensor:
     return padded.repeat(1, _TILE)[:, : _TILE * (_TILE + k - 1)].view(b, _TILE, _TILE + k - 1)
 
 # %% ../../nbs/bench/degradations/blur.ipynb #d0a1f7d1
+def _filter_rows(x: Tensor, band: Tensor) -> Tensor:
+    "Apply a band to the last axis of (B, C, H, W), tile by tile; W includes the halo."
+    b, c, h, _ = x.shape
+    tiles = x.unfold(-1, band.shape[-1], _TILE).reshape(b, -1, band.shape[-1])
+    return (tiles @ band.mT).view(b, c, h, -1)
+
+
+def _filter_columns(x: Tensor, band: Tensor) -> Tensor:
+    "Apply a band to the rows' axis of (B, C, H, W), tile by tile; H includes the halo."
+    b, c, _, w = x.shape
+    tiles = x.unfold(-2, band.shape[-1], _TILE).mT.reshape(b, -1, band.shape[-1], w)
+    return (band[:, None] @ tiles).view(b, c, -1, w)
+
+
 def _separable(x: Tensor, weights: Tensor) -> Tensor:
     "Filter both axes of (B, C, H, W) with (B or 1, K), replicated border."
-    (b, c, h, w), k = x.shape, weights.shape[1]
-    r, n, band = k // 2, _TILE + k - 1, _band(weights)
+    h, w = x.shape[-2:]
+    r = weights.shape[1] // 2
+    band = _band(weights)
     x = F.pad(x, (r, r + -w % _TILE, r, r + -h % _TILE), mode="replicate")
-    rows = x.unfold(-1, n, _TILE).reshape(b, -1, n)
-    x = (rows @ band.mT).view(b, c, x.shape[2], -1)
-    columns = x.unfold(-2, n, _TILE).mT.reshape(b, -1, n, x.shape[-1])
-    return (band[:, None] @ columns).view(b, c, -1, x.shape[-1])[..., :h, :w].contiguous()
+    y = _filter_columns(_filter_rows(x, band), band)
+    return y[..., :h, :w].contiguous()
 
 
 def _gaussian(sigma: Tensor, size: int) -> Tensor:
@@ -57,9 +70,10 @@ def gaussian_blur(
     sigma: float | Tensor,  # standard deviation in pixels; a number or (B,)
     kernel_size: int = 21,  # odd, in pixels
 ) -> Tensor:  # (B, C, H, W)
-    "Gaussian blur, replicated border, one sigma per sample; differentiable in both. (RL-Restore's data generator)"
+    "Gaussian blur, replicated border, one sigma per sample; differentiable in both."
     _check_odd("gaussian_blur", kernel_size)
-    if not isinstance(sigma, Tensor): check_parameter("gaussian_blur", "sigma", sigma, 0, math.inf, "in pixels")
+    if not isinstance(sigma, Tensor):
+        check_parameter("gaussian_blur", "sigma", sigma, 0, math.inf, "in pixels")
     return _separable(x, _gaussian(as_row(sigma, x), kernel_size))
 
 # %% ../../nbs/bench/degradations/blur.ipynb #20c508e8
@@ -84,26 +98,48 @@ def _fast_length(n: int) -> int:
     for five in range(8):
         for three in range(12):
             m = 2 * 5**five * 3**three
-            if m <= best: best = min(best, m << max(0, math.ceil(math.log2(n / m))))
+            if m <= best:
+                best = min(best, m << max(0, math.ceil(math.log2(n / m))))
     return best
+
+
+def _filter_spectrum(x: Tensor, kernel: Tensor) -> Tensor:
+    "Circular convolution of (B, C, H, W) with (B or 1, k, k) through the FFT."
+    size = tuple(x.shape[-2:])
+    return torch.fft.irfft2(torch.fft.rfft2(x) * torch.fft.rfft2(kernel, s=size)[:, None], s=size)
 
 
 def convolve(
     x: Tensor,  # (B, C, H, W)
     kernel: Tensor,  # (k, k) or (B, k, k), k odd; used as it is (not normalised)
 ) -> Tensor:  # (B, C, H, W)
-    "True convolution with one kernel per sample, replicated border, through the FFT; differentiable in both."
+    "True convolution with one kernel per sample, replicated border; differentiable in both."
     kernel = kernel.to(x) if kernel.ndim == 3 else kernel.to(x)[None]
-    r, (h, w) = kernel.shape[-1] // 2, x.shape[-2:]
-    size = (_fast_length(h + 2 * r), _fast_length(w + 2 * r))  # no wrap-around reaches the part kept below
-    padded = F.pad(x, (r, size[1] - w - r, r, size[0] - h - r), mode="replicate")
-    y = torch.fft.irfft2(torch.fft.rfft2(padded) * torch.fft.rfft2(kernel, s=size)[:, None], s=size)
+    h, w = x.shape[-2:]
+    r = kernel.shape[-1] // 2
+    below = _fast_length(h + 2 * r) - h - r  # no wrap-around reaches the part that is kept
+    right = _fast_length(w + 2 * r) - w - r
+    padded = F.pad(x, (r, right, r, below), mode="replicate")
+    y = _filter_spectrum(padded, kernel)
     return y[..., 2 * r : 2 * r + h, 2 * r : 2 * r + w].contiguous()
 
 # %% ../../nbs/bench/degradations/blur.ipynb #10ea8d69
-def normalised(kernel: Tensor) -> Tensor:
-    "Kernels (..., k, k) divided by their sums."
+def normalised(
+    kernel: Tensor,  # (..., k, k)
+) -> Tensor:  # (..., k, k), sum 1
+    "Kernels divided by their sums."
     return kernel / kernel.sum((-2, -1), keepdim=True)
+
+
+def _check_kernel(k: Tensor) -> None:
+    "ValueError for what cannot be a kernel."
+    if k.ndim not in (2, 3) or k.shape[-1] != k.shape[-2] or k.shape[-1] % 2 == 0:
+        want = "shape (k, k) or (B, k, k) with k odd"
+        raise ValueError(f"KernelBlur: kernel must have {want}, got {tuple(k.shape)}")
+    sums = k.sum((-2, -1))
+    if not k.is_floating_point() or not bool(k.isfinite().all()) or bool((sums.abs() < 1e-8).any()):
+        want = "finite floats with a non-zero sum"
+        raise ValueError(f"KernelBlur: kernel must be {want}, got sums {sums.tolist()}")
 
 
 @frozen
@@ -112,17 +148,15 @@ class KernelBlur(Degradation):
     kernel: Tensor  # (k, k) or (B, k, k), k odd; normalised at construction
 
     def __post_init__(self) -> None:
-        k = self.kernel if isinstance(self.kernel, Tensor) else torch.tensor(np.asarray(self.kernel, dtype=np.float32))
-        if k.ndim not in (2, 3) or k.shape[-1] != k.shape[-2] or k.shape[-1] % 2 == 0:
-            raise ValueError(f"KernelBlur: kernel must have shape (k, k) or (B, k, k) with k odd, got {tuple(k.shape)}")
-        sums = k.sum((-2, -1))
-        if not k.is_floating_point() or not bool(k.isfinite().all()) or bool((sums.abs() < 1e-8).any()):
-            raise ValueError(f"KernelBlur: kernel must be finite floats with a non-zero sum, got sums {sums.tolist()}")
+        given = self.kernel
+        k = given if isinstance(given, Tensor) else torch.tensor(np.asarray(given, dtype=np.float32))
+        _check_kernel(k)
         object.__setattr__(self, "kernel", normalised(k))
 
     def _apply(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         if self.kernel.ndim == 3 and len(self.kernel) not in (1, len(x)):
-            raise ValueError(f"KernelBlur: {len(self.kernel)} kernels for a batch of {len(x)}; give one per sample")
+            got = f"{len(self.kernel)} kernels for a batch of {len(x)}"
+            raise ValueError(f"KernelBlur: {got}; give one per sample")
         return convolve(x, self.kernel)
 
 # %% ../../nbs/bench/degradations/blur.ipynb #75bceb76
@@ -141,13 +175,18 @@ def line_kernel(
     "Antialiased segments through the centre."
     gx, gy = grid(size, length)
     c, s = (f(torch.deg2rad(angle))[:, None, None] for f in (torch.cos, torch.sin))
-    along, across = (gx * c + gy * s).abs(), (gy * c - gx * s).abs()
+    along = (gx * c + gy * s).abs()
+    across = (gy * c - gx * s).abs()
     return (width / 2 + 0.5 - across).clamp(0, 1) * (length[:, None, None] / 2 + 0.5 - along).clamp(0, 1)
 
 # %% ../../nbs/bench/degradations/blur.ipynb #26db190e
 def odd_size(value: float | Distribution | Tensor) -> int:
     "Odd kernel side that holds the longest segment a parameter can ask for."
-    high = value.high if isinstance(value, Distribution) else float(value.max()) if isinstance(value, Tensor) else value
+    high = value
+    if isinstance(value, Distribution):
+        high = value.high
+    elif isinstance(value, Tensor):
+        high = float(value.max())
     return 2 * math.ceil(high / 2) + 1
 
 
@@ -165,7 +204,7 @@ def motion_blur(
 class MotionBlur(Degradation):
     "Linear motion blur."
     length: float | Distribution | Tensor  # in pixels, 1 to 255
-    angle: float | Distribution | Tensor = Uniform(0, 180)  # in degrees, counter-clockwise from the horizontal
+    angle: float | Distribution | Tensor = Uniform(0, 180)  # in degrees, counter-clockwise from level
     _bounds = {"length": (1, 255, "in pixels"), "angle": (-360, 360, "in degrees")}
 
     def _apply(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -173,6 +212,22 @@ class MotionBlur(Degradation):
         return convolve(x, normalised(line_kernel(*rows, odd_size(self.length))))
 
 # %% ../../nbs/bench/degradations/blur.ipynb #526a295b
+def _remembered(kick: Tensor, inertia: float) -> Tensor:
+    "Velocities (B, steps, 2) of which a share survives each step, given what each step adds."
+    steps = kick.shape[1]
+    decay = inertia ** torch.arange(steps, device=kick.device, dtype=kick.dtype)
+    index = torch.arange(steps, device=kick.device)
+    age = index[:, None] - index
+    return torch.where(age >= 0, decay[age.clamp_min(0)], 0) @ kick
+
+
+def _framed(path: Tensor, extent: Tensor) -> Tensor:
+    "Trajectories (B, steps, 2) centred, the larger side of each as long as its extent (B,)."
+    low = path.amin(1, keepdim=True)
+    high = path.amax(1, keepdim=True)
+    return (path - (low + high) / 2) / (high - low).amax(2, keepdim=True) * extent[:, None, None]
+
+
 def shake_kernel(
     extent: Tensor,  # (B,) largest side of the trajectory in pixels
     size: int,  # odd side of the kernel, >= extent + 2
@@ -183,14 +238,9 @@ def shake_kernel(
 ) -> Tensor:  # (B, size, size), sum 1
     "Random camera-shake trajectories as blur kernels."
     kick = random_like(torch.randn, (len(extent), steps, 2), extent, generator)
-    decay = inertia ** torch.arange(steps, device=extent.device, dtype=extent.dtype)
-    index = torch.arange(steps, device=extent.device)
-    memory = torch.where(index[:, None] >= index, decay[(index[:, None] - index).clamp_min(0)], 0)
-    path = (memory @ kick).cumsum(1)
-    low, high = path.amin(1, keepdim=True), path.amax(1, keepdim=True)
-    path = (path - (low + high) / 2) / (high - low).amax(2, keepdim=True) * extent[:, None, None]
-    grid = torch.arange(size, device=extent.device, dtype=extent.dtype) - size // 2
-    weight = (1 - (path[..., None] - grid).abs()).clamp_min(0)  # (B, steps, 2, size)
+    path = _framed(_remembered(kick, inertia).cumsum(1), extent)
+    pixels = torch.arange(size, device=extent.device, dtype=extent.dtype) - size // 2
+    weight = (1 - (path[..., None] - pixels).abs()).clamp_min(0)  # (B, steps, 2, size)
     return normalised(weight[:, :, 1].mT @ weight[:, :, 0])
 
 # %% ../../nbs/bench/degradations/blur.ipynb #5b2bc680
@@ -204,4 +254,5 @@ class CameraShake(Degradation):
 
     def _apply(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         extent = as_row(self._draw("extent", x, generator), x).expand(len(x))
-        return convolve(x, shake_kernel(extent, odd_size(self.extent) + 2, generator=generator, inertia=self.inertia))
+        size = odd_size(self.extent) + 2
+        return convolve(x, shake_kernel(extent, size, generator=generator, inertia=self.inertia))

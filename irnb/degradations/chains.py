@@ -26,7 +26,7 @@ from .parameters import Distribution, Uniform, random_like
 _BLUR_EDGES = tuple(0.5 * i for i in range(11))
 _NOISE_EDGES = tuple(5.0 * i for i in range(11))
 _JPEG_EDGES = (100, 80, 60, 50, 40, 35, 30, 25, 20, 15, 10)
-HYBRID_LEVELS = {"mild": (1, 11), "moderate": (12, 17), "severe": (18, 28)}  # bin sum minus 2, both ends included
+HYBRID_LEVELS = {"mild": (1, 11), "moderate": (12, 17), "severe": (18, 28)}  # bin sum minus 2
 
 
 @lru_cache(maxsize=64)
@@ -39,7 +39,8 @@ def hybrid_bins(
     if level not in HYBRID_LEVELS:
         raise ValueError(f"hybrid: level must be one of {', '.join(HYBRID_LEVELS)}, got {level!r}")
     if not (isinstance(strata, int) and isinstance(stratum, int) and 0 <= stratum < strata <= 64):
-        raise ValueError(f"hybrid: needs 0 <= stratum < strata <= 64, got stratum={stratum!r}, strata={strata!r}")
+        got = f"stratum={stratum!r}, strata={strata!r}"
+        raise ValueError(f"hybrid: needs 0 <= stratum < strata <= 64, got {got}")
     lo, hi = HYBRID_LEVELS[level]
     bins = [t for t in np.ndindex(10, 10, 10) if lo <= sum(t) + 1 <= hi]
     bins.sort(key=lambda t: (t[0] - t[1], t[2], t[0]))
@@ -52,7 +53,8 @@ class Hybrid(Degradation):
     level: str  # "mild", "moderate" or "severe"
     stratum: int = 0  # which part of the level, 0 to strata - 1
     strata: int = 1  # into how many equal parts the level is cut
-    _noisy, _channels = True, (1, 3)
+    _noisy = True
+    _channels = (1, 3)
 
     def __post_init__(self) -> None:
         hybrid_bins(self.level, self.stratum, self.strata)  # raises where they make no sense
@@ -73,7 +75,8 @@ def hybrid_parameters(
     bins = torch.tensor(hybrid_bins(degrade.level, degrade.stratum, degrade.strata), device=device)
     pick = bins[torch.randint(len(bins), (n,), generator=generator, device=device)].T  # (3, n)
     edges = torch.tensor([_BLUR_EDGES, _NOISE_EDGES, _JPEG_EDGES], device=device)
-    low, high = edges.gather(1, pick), edges.gather(1, pick + 1)
+    low = edges.gather(1, pick)
+    high = edges.gather(1, pick + 1)
     return torch.lerp(low, high, torch.rand(3, n, generator=generator, device=device))
 
 
@@ -86,7 +89,7 @@ def hybrid(
     return Hybrid(level, stratum, strata)
 
 # %% ../../nbs/bench/degradations/chains.ipynb #5f66ce03
-_SHAPES = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)  # gaussian, generalised, plateau: isotropic and anisotropic of each
+_SHAPES = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)  # Gaussian, generalised, plateau, each round and not
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Stage:
     sinc: float = 0.1  # probability that the blur kernel is a sinc filter
     blur: float = 1.0  # probability of blurring at all
     resize: tuple[float, float] = (0.15, 1.5)  # range of the factor
-    up_down: tuple[float, float] = (0.2, 0.7)  # probabilities of enlarging and shrinking; the rest keeps the size
+    up_down: tuple[float, float] = (0.2, 0.7)  # probabilities of enlarging and of shrinking
     noise: Distribution = Uniform(1, 30)  # Gaussian sigma on the 255 scale (half of the samples)
     poisson: Distribution = Uniform(0.05, 3)  # scale of the signal-dependent noise (the other half)
     grey: float = 0.4  # probability of grey noise
@@ -111,6 +114,11 @@ def _draw_between(lo: float, hi: float, x: Tensor, generator: torch.Generator) -
     return lo + (hi - lo) * random_like(torch.rand, (len(x),), x, generator)
 
 
+def _each(values: Tensor) -> Tensor:
+    "(B,) as (B, 1, 1): one value per kernel."
+    return values[:, None, None]
+
+
 def sinc_kernel(
     cutoff: Tensor,  # (B,) in radians per pixel, up to pi
     size: int = 21,  # odd side in pixels
@@ -118,11 +126,53 @@ def sinc_kernel(
     "Ideal circular low-pass filter: its ringing mimics sharpening and compression halos."
     gx, gy = grid(size, cutoff)
     r = torch.hypot(gx, gy)
-    w = cutoff[:, None, None]
+    w = _each(cutoff)
     k = w * torch.special.bessel_j1(w * r) / (2 * math.pi * r.clamp_min(1e-6))
     return normalised(torch.where(r == 0, w * w / (4 * math.pi), k))
 
 # %% ../../nbs/bench/degradations/chains.ipynb #1e4902c4
+def _draw_shapes(x: Tensor, generator: torch.Generator) -> Tensor:
+    "(B,) positions in `_SHAPES`."
+    weights = torch.tensor(_SHAPES, device=generator.device)
+    return torch.multinomial(weights, len(x), True, generator=generator).to(x.device)
+
+
+def _draw_exponents(shape: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
+    "(B,) beta of the formula: 1 for a Gaussian."
+    generalised = _draw_between(0.5, 4, x, generator)
+    plateau = _draw_between(1, 2, x, generator)
+    return torch.where(shape // 2 == 1, generalised, torch.where(shape // 2 == 2, plateau, 1.0))
+
+
+def _ellipses(x: Tensor, sx: Tensor, sy: Tensor, theta: Tensor) -> Tensor:
+    "(B, 21, 21) squared distances from the centre, in standard deviations along turned axes."
+    gx, gy = grid(21, x)
+    c = _each(theta.cos())
+    s = _each(theta.sin())
+    along = (gx * c + gy * s) / _each(sx)
+    across = (gy * c - gx * s) / _each(sy)
+    return along**2 + across**2
+
+
+def _draw_bells(x: Tensor, stage: Stage, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    "(B, 21, 21) Gaussian, generalised or plateau kernels, not normalised, and (B,) radii to cut them at."
+    shape = _draw_shapes(x, generator)
+    radius = _draw_between(3, 11, x, generator).floor()
+    sx = stage.sigma.sample(len(x), generator).to(x)
+    sy = stage.sigma.sample(len(x), generator).to(x)
+    theta = _draw_between(-math.pi, math.pi, x, generator)
+    beta = _draw_exponents(shape, x, generator)
+    q = _ellipses(x, sx, torch.where(shape % 2 == 0, sx, sy), theta)
+    q = q.clamp_min(1e-12) ** _each(beta)
+    return torch.where(_each(shape // 2 == 2), 1 / (1 + q), torch.exp(-0.5 * q)), radius
+
+
+def _draw_ringing(radius: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
+    "(B, 21, 21) sinc kernels; small ones may have a lower cutoff."
+    low = torch.where(radius >= 6, math.pi / 3, math.pi / 5)
+    return sinc_kernel(low + (math.pi - low) * _draw_between(0, 1, x, generator))
+
+
 def esrgan_kernels(
     x: Tensor,  # (B, C, H, W): gives batch, dtype, device
     stage: Stage = Stage(),  # ranges
@@ -130,36 +180,28 @@ def esrgan_kernels(
     generator: torch.Generator,
 ) -> Tensor:  # (B, 21, 21), sum 1
     "Random blur kernels: Gaussian, generalised and plateau, isotropic or not, or sinc; sides 7 to 21."
-    b, draw = len(x), lambda lo, hi: _draw_between(lo, hi, x, generator)
-    shape = torch.multinomial(torch.tensor(_SHAPES, device=generator.device), b, True, generator=generator).to(x.device)
-    radius = draw(3, 11).floor()
-    sx, sy = (stage.sigma.sample(b, generator).to(x) for _ in range(2))
-    theta = draw(-math.pi, math.pi)
-    beta = torch.where(shape // 2 == 1, draw(0.5, 4), torch.where(shape // 2 == 2, draw(1, 2), 1.0))[:, None, None]
-    sy = torch.where(shape % 2 == 0, sx, sy)
+    kernel, radius = _draw_bells(x, stage, generator)
+    ringing = _draw_ringing(radius, x, generator)
+    rings = _draw_between(0, 1, x, generator) < stage.sinc
+    kernel = torch.where(_each(rings), ringing, kernel)
     gx, gy = grid(21, x)
-    c, s = theta.cos()[:, None, None], theta.sin()[:, None, None]
-    q = ((gx * c + gy * s) / sx[:, None, None]) ** 2 + ((gy * c - gx * s) / sy[:, None, None]) ** 2
-    q = q.clamp_min(1e-12) ** beta
-    k = torch.where((shape // 2 == 2)[:, None, None], 1 / (1 + q), torch.exp(-0.5 * q))
-    low = torch.where(radius >= 6, math.pi / 3, math.pi / 5)
-    ringing = sinc_kernel(low + (math.pi - low) * draw(0, 1))
-    k = torch.where((draw(0, 1) < stage.sinc)[:, None, None], ringing, k)
-    inside = torch.maximum(gx.abs(), gy.abs()) <= radius[:, None, None]
-    delta = (draw(0, 1) >= stage.blur)[:, None, None]
-    return torch.where(delta, ((gx == 0) & (gy == 0)).to(x), normalised(k * inside))
+    inside = torch.maximum(gx.abs(), gy.abs()) <= _each(radius)
+    sharp = _draw_between(0, 1, x, generator) >= stage.blur
+    delta = ((gx == 0) & (gy == 0)).to(x)
+    return torch.where(_each(sharp), delta, normalised(kernel * inside))
 
 # %% ../../nbs/bench/degradations/chains.ipynb #41774b28
 def _esrgan_noise(x: Tensor, stage: Stage, generator: torch.Generator) -> Tensor:
     "Gaussian or Poisson-like noise, colour or grey, drawn per sample."
-    b = len(x)
-    sigma = stage.noise.sample(b, generator).to(x).view(-1, 1, 1, 1) / 255
-    gain = stage.poisson.sample(b, generator).to(x).view(-1, 1, 1, 1)
-    grey, poisson = (random_like(torch.rand, (b, 1, 1, 1), x, generator) < p for p in (stage.grey, 0.5))
+    sigma = stage.noise.sample(len(x), generator).to(x).view(-1, 1, 1, 1) / 255
+    gain = stage.poisson.sample(len(x), generator).to(x).view(-1, 1, 1, 1)
+    grey = random_like(torch.rand, (len(x), 1, 1, 1), x, generator) < stage.grey
+    poisson = random_like(torch.rand, (len(x), 1, 1, 1), x, generator) < 0.5
     z = random_like(torch.randn, x.shape, x, generator)
     z = torch.where(grey, z[:, :1], z)
     signal = torch.where(grey, x.mean(1, keepdim=True), x).clamp_min(1e-6)
-    return (x + z * torch.where(poisson, gain * (signal / 256).sqrt(), sigma)).clamp_(0, 1)
+    strength = torch.where(poisson, gain * (signal / 256).sqrt(), sigma)
+    return (x + z * strength).clamp_(0, 1)
 
 
 def _coin(generator: torch.Generator) -> float:
@@ -175,8 +217,10 @@ def _random_resize(x: Tensor, size: tuple[int, int], generator: torch.Generator)
 # %% ../../nbs/bench/degradations/chains.ipynb #ffc491a8
 def _factor(stage: Stage, kind: float, u: float) -> float:
     "A resize factor: enlarge, shrink or keep."
-    (low, high), (up, down) = stage.resize, stage.up_down
-    if kind < up: return 1 + (high - 1) * u
+    low, high = stage.resize
+    up, down = stage.up_down
+    if kind < up:
+        return 1 + (high - 1) * u
     return low + (1 - low) * u if kind < up + down else 1.0
 
 
@@ -194,7 +238,7 @@ def _final_sinc(x: Tensor, probability: float, generator: torch.Generator) -> Te
     off = _draw_between(0, 1, x, generator) >= probability
     delta = torch.zeros_like(kernel[:1])
     delta[:, 10, 10] = 1
-    return convolve(x, torch.where(off[:, None, None], delta, kernel)).clamp_(0, 1)
+    return convolve(x, torch.where(_each(off), delta, kernel)).clamp_(0, 1)
 
 # %% ../../nbs/bench/degradations/chains.ipynb #5ae72343
 @frozen
@@ -205,26 +249,40 @@ class RealESRGAN(Degradation):
     first: Stage = Stage()  # ranges of the first stage
     second: Stage = SECOND_STAGE  # ranges of the second stage
     sinc: float = 0.8  # probability of the final sinc filter
-    _bounds = {"order": (1, 2, "stages"), "scale": (1, 16, "an integer factor"), "sinc": (0, 1, "a probability")}
-    _noisy, _channels = True, (3,)
+    _bounds = {"order": (1, 2, "stages"), "scale": (1, 16, "an integer factor"),
+               "sinc": (0, 1, "a probability")}
+    _noisy = True
+    _channels = (3,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (isinstance(self.order, int) and isinstance(self.scale, int)):
-            raise ValueError(f"RealESRGAN: order and scale must be integers, got {self.order!r} and {self.scale!r}")
+            got = f"{self.order!r} and {self.scale!r}"
+            raise ValueError(f"RealESRGAN: order and scale must be integers, got {got}")
 
-    def _apply(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _small(self, x: Tensor) -> tuple[int, int]:
+        "The sides of the degraded image; ValueError where there are none."
         h, w = x.shape[-2:]
         if h % self.scale or w % self.scale or min(h, w) < 8 * self.scale:
             need = f"multiples of {self.scale} and at least {8 * self.scale}"
             raise ValueError(f"RealESRGAN: sides must be {need}, got {(h, w)}; crop the clean image")
-        out = (h // self.scale, w // self.scale)
-        y, last = _esrgan_stage(x, (h, w), self.first, generator), self.first
-        if self.order == 2:
-            y, last = jpeg(y, self.first.quality.sample(len(x), generator)), self.second
-            y = _esrgan_stage(y, (h // self.scale, w // self.scale), last, generator)
-        quality = last.quality.sample(len(x), generator)
+        return h // self.scale, w // self.scale
+
+    def _apply(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        size = self._small(x)
+        y = _esrgan_stage(x, tuple(x.shape[-2:]), self.first, generator)
+        if self.order == 1:
+            return self._finish(y, size, self.first, generator)
+        y = jpeg(y, self.first.quality.sample(len(x), generator))
+        y = _esrgan_stage(y, size, self.second, generator)
+        return self._finish(y, size, self.second, generator)
+
+    def _finish(self, y: Tensor, size: tuple[int, int], stage: Stage, generator: torch.Generator) -> Tensor:
+        "Resize to the final size and ring, with JPEG before or after."
+        quality = stage.quality.sample(len(y), generator)
         jpeg_last = _coin(generator) < 0.5
-        y = _random_resize(y if jpeg_last else jpeg(y, quality), out, generator).clamp_(0, 1)
+        if not jpeg_last:
+            y = jpeg(y, quality)
+        y = _random_resize(y, size, generator).clamp_(0, 1)
         y = _final_sinc(y, self.sinc, generator)
         return jpeg(y, quality) if jpeg_last else to_8bit(y)

@@ -35,23 +35,32 @@ def quantisation_tables(
     return ((q.new_tensor([_LUMA, _CHROMA]) * scale + 50) / 100).floor().clamp(1, 255)
 
 # %% ../../nbs/bench/degradations/compression.ipynb #e460fbc4
+_TO_YCC = [[0.299, 0.587, 0.114],
+           [-0.168735892, -0.331264108, 0.5],
+           [0.5, -0.418687589, -0.081312411]]
+_TO_RGB = [[0, 1.402], [-0.344136286, -0.714136286], [1.772, 0]]  # of Cb and Cr; luma is added
+
+
 @lru_cache(maxsize=16)
 def _jpeg_constants(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     "The 64 x 64 block DCT, RGB -> YCbCr, and CbCr -> RGB (BT.601, full range)."
     n = np.arange(8)
-    dct = np.cos((2 * n + 1) * n[:, None] * np.pi / 16) * np.where(n == 0, np.sqrt(1 / 8), 0.5)[:, None]
-    forward = np.array([[0.299, 0.587, 0.114], [-0.168735892, -0.331264108, 0.5], [0.5, -0.418687589, -0.081312411]])
-    backward = np.array([[0, 1.402], [-0.344136286, -0.714136286], [1.772, 0]])
-    return tuple(constant(m, dtype, device) for m in (np.kron(dct, dct), forward, backward))
+    waves = np.cos((2 * n + 1) * n[:, None] * np.pi / 16)
+    dct = waves * np.where(n == 0, np.sqrt(1 / 8), 0.5)[:, None]
+    matrices = (np.kron(dct, dct), np.array(_TO_YCC), np.array(_TO_RGB))
+    return tuple(constant(m, dtype, device) for m in matrices)
 
 
 def _extend(x: Tensor, h: int, w: int) -> Tensor:
     "Repeat the last row and column up to h x w."
-    dh, dw = h - x.shape[-2], w - x.shape[-1]
-    return F.pad(x, (0, dw, 0, dh), mode="replicate") if dh or dw else x
+    down = h - x.shape[-2]
+    right = w - x.shape[-1]
+    return F.pad(x, (0, right, 0, down), mode="replicate") if down or right else x
 
 
-def _up8(n: int) -> int: return -(-n // 8) * 8
+def _up8(n: int) -> int:
+    "The next multiple of 8."
+    return -(-n // 8) * 8
 
 # %% ../../nbs/bench/degradations/compression.ipynb #1e45f27f
 class _Round(torch.autograd.Function):
@@ -69,17 +78,28 @@ def _round_(x: Tensor) -> Tensor:
     return _Round.apply(x) if x.requires_grad else x.round_()
 
 # %% ../../nbs/bench/degradations/compression.ipynb #6e9d43e6
+def _to_blocks(x: Tensor) -> Tensor:
+    "(B, C, H, W) -> (B, blocks, 64); sides are multiples of 8."
+    b, c, h, w = x.shape
+    return x.view(b, c, h // 8, 8, w // 8, 8).transpose(3, 4).reshape(b, -1, 64)
+
+
+def _from_blocks(blocks: Tensor, shape: torch.Size) -> Tensor:
+    "The inverse of `_to_blocks`."
+    b, c, h, w = shape
+    return blocks.view(b, c, h // 8, w // 8, 8, 8).transpose(3, 4).reshape(shape)
+
+
 def _code(plane: Tensor, steps: Tensor, dct: Tensor) -> Tensor:
     "Quantise the 8x8 DCT of centred integer planes (B, C, H, W) by steps (B or 1, 64); any size."
-    b, c, h, w = plane.shape
+    h, w = plane.shape[-2:]
     x = _extend(plane, _up8(h), _up8(w))
-    hb, wb = x.shape[2] // 8, x.shape[3] // 8
-    blocks = x.view(b, c, hb, 8, wb, 8).transpose(3, 4).reshape(b, -1, 64)
-    eighths = _round_(blocks @ (8 * dct).mT)  # the precision that libjpeg keeps
-    quantised = _round_(eighths.mul_((1 + 1e-6) / 8 / steps[:, None])).mul_(steps[:, None])
+    steps = steps[:, None]
+    eighths = _round_(_to_blocks(x) @ (8 * dct).mT)  # the precision that libjpeg keeps
+    quantised = _round_(eighths.mul_((1 + 1e-6) / 8 / steps)).mul_(steps)
     quantised[..., 0] += 4  # half a level in the mean: makes the floor below a rounding
     y = floor_through(quantised @ dct).clamp_(-128, 127)
-    return y.view(b, c, hb, wb, 8, 8).transpose(3, 4).reshape(x.shape)[..., :h, :w]
+    return _from_blocks(y, x.shape)[..., :h, :w]
 
 # %% ../../nbs/bench/degradations/compression.ipynb #b6a916cf
 def _halve(x: Tensor) -> Tensor:
@@ -96,32 +116,57 @@ def _between(last: Tensor, this: Tensor, next: Tensor) -> tuple[Tensor, Tensor]:
     return torch.add(last, this, alpha=3), torch.add(next, this, alpha=3)
 
 
+def _double_rows(p: Tensor) -> Tensor:
+    "(B, C, H + 2, W) -> (B, C, 2H, W), times four; by strided copies: interleaving with stack is slower."
+    b, c, h, w = p.shape
+    rows = p.new_empty(b, c, h - 2, 2, w)
+    rows[..., 0, :], rows[..., 1, :] = _between(p[:, :, :-2], p[:, :, 1:-1], p[:, :, 2:])
+    return rows.view(b, c, 2 * (h - 2), w)
+
+
 def _double(x: Tensor) -> Tensor:
     "Triangle-filter enlargement of centred integers by two, libjpeg's rounding."
-    b, c, h, w = x.shape
-    if w <= 2: return x.repeat_interleave(2, -2).repeat_interleave(2, -1)  # as the library does
-    p = F.pad(x, (1, 1, 1, 1), mode="replicate").mul_(1 / 16)
-    rows = p.new_empty(b, c, h, 2, w + 2)  # filled by strided copies: interleaving with stack is slower
-    rows[..., 0, :], rows[..., 1, :] = _between(p[:, :, :-2], p[:, :, 1:-1], p[:, :, 2:])
-    rows = rows.view(b, c, 2 * h, w + 2)
+    if x.shape[-1] <= 2:  # as the library does
+        return x.repeat_interleave(2, -2).repeat_interleave(2, -1)
+    rows = _double_rows(F.pad(x, (1, 1, 1, 1), mode="replicate").mul_(1 / 16))
     even, odd = _between(rows[..., :-2], rows[..., 1:-1], rows[..., 2:])
-    y = p.new_empty(b, c, 2 * h, w, 2)
-    y[..., 0], y[..., 1] = floor_through(even.add_(8 / 16)), floor_through(odd.add_(7 / 16))
+    y = rows.new_empty(*even.shape, 2)
+    y[..., 0] = floor_through(even.add_(8 / 16))
+    y[..., 1] = floor_through(odd.add_(7 / 16))
     return y.flatten(-2)
 
 # %% ../../nbs/bench/degradations/compression.ipynb #38b14d95
+def _code_chroma(chroma: Tensor, steps: Tensor, dct: Tensor, subsampling: str) -> Tensor:
+    "Cb and Cr (B, 2, H, W) through the codec, at full or half resolution."
+    if subsampling == "4:4:4":
+        return _code(chroma, steps, dct)
+    h, w = chroma.shape[-2:]
+    half = _code(_halve(chroma), steps, dct)[..., : -(-w // 2)]
+    return _double(half)[..., :h, :w]
+
+
 def _code_colour(levels: Tensor, steps: Tensor, subsampling: str) -> Tensor:
     "RGB levels 0..255 through the codec, plus one half: the last rounding is a floor."
-    b, _, h, w = levels.shape
     dct, forward, backward = _jpeg_constants(levels.dtype, levels.device)
     centre = levels.new_tensor([[0.4999 - 128], [0.4999], [0.4999]])  # libjpeg rounds chroma halves down
-    ycc = floor_through((forward @ levels.flatten(2)).add_(centre)).view(b, 3, h, w)
+    ycc = floor_through((forward @ levels.flatten(2)).add_(centre)).view(levels.shape)
     luma = _code(ycc[:, :1], steps[:, 0], dct).add_(128.5)
-    if subsampling == "4:4:4": chroma = _code(ycc[:, 1:], steps[:, 1], dct)
-    else: chroma = _double(_code(_halve(ycc[:, 1:]), steps[:, 1], dct)[..., : -(-w // 2)])[..., :h, :w]
-    return (backward @ chroma.flatten(2)).view(b, 3, h, w).add_(luma)
+    chroma = _code_chroma(ycc[:, 1:], steps[:, 1], dct, subsampling)
+    return (backward @ chroma.flatten(2)).view(levels.shape).add_(luma)
 
 # %% ../../nbs/bench/degradations/compression.ipynb #7952c02a
+def _check_subsampling(who: str, subsampling: str) -> None:
+    "ValueError for an unknown chroma subsampling."
+    if subsampling not in ("4:2:0", "4:4:4"):
+        raise ValueError(f"{who}: subsampling must be 4:2:0 or 4:4:4, got {subsampling!r}")
+
+
+def _code_grey(levels: Tensor, steps: Tensor) -> Tensor:
+    "Grey levels 0..255 through the codec."
+    dct, _, _ = _jpeg_constants(levels.dtype, levels.device)
+    return _code(levels.sub_(128), steps[:, 0], dct).add_(128)
+
+
 def jpeg(
     x: Tensor,  # (B, 1 or 3, H, W) in [0, 1]
     quality: float | Tensor,  # 1 to 100, rounded to an integer; a number or (B,)
@@ -130,18 +175,12 @@ def jpeg(
     "Baseline JPEG and back, as libjpeg does it; gradients straight through the roundings. (ITU-T T.81)"
     check_image("jpeg", x, (1, 3))
     _check_subsampling("jpeg", subsampling)
-    if not isinstance(quality, Tensor): check_parameter("jpeg", "quality", quality, 1, 100, "libjpeg's scale")
+    if not isinstance(quality, Tensor):
+        check_parameter("jpeg", "quality", quality, 1, 100, "libjpeg's scale")
     steps = quantisation_tables(as_row(quality, x))
     levels = floor_through(torch.add(x.new_tensor(0.5), x, alpha=255)).clamp_(0, 255)
-    if x.shape[1] == 1: y = _code(levels.sub_(128), steps[:, 0], _jpeg_constants(x.dtype, x.device)[0]).add_(128)
-    else: y = _code_colour(levels, steps, subsampling)
+    y = _code_grey(levels, steps) if x.shape[1] == 1 else _code_colour(levels, steps, subsampling)
     return floor_through(y).clamp_(0, 255).div_(255)
-
-
-def _check_subsampling(who: str, subsampling: str) -> None:
-    "ValueError for an unknown chroma subsampling."
-    if subsampling not in ("4:2:0", "4:4:4"):
-        raise ValueError(f"{who}: subsampling must be 4:2:0 or 4:4:4, got {subsampling!r}")
 
 # %% ../../nbs/bench/degradations/compression.ipynb #9d92d33c
 @frozen
