@@ -135,7 +135,7 @@ def _pillow_pixels(path: Path, max_pixels: int) -> tuple[np.ndarray, bytes | Non
         check_size(*im.size, max_pixels)
         _check_single(im)
         im.load()
-        icc = None if im.mode == "CMYK" else im.info.get("icc_profile")  # a CMYK profile does not describe RGB
+        icc = None if im.mode == "CMYK" else im.info.get("icc_profile")  # CMYK: does not describe RGB
         array = _converted(im)
     return array.reshape(*array.shape[:2], -1), icc
 
@@ -213,7 +213,8 @@ def _check_strips(page: tifffile.TiffPage) -> None:
     for offset, size in zip(page.dataoffsets, page.databytecounts):
         file.seek(offset)
         if len(start().decompress(file.read(size), most + 1)) > most:
-            raise FormatError(f"damaged, data at byte {offset} unfold to more than {most} bytes; save it again")
+            what = f"data at byte {offset} unfold to more than {most} bytes"
+            raise FormatError(f"damaged, {what}; save it again")
 
 # %% ../nbs/bench/image_files.ipynb #6a3b6681
 def _only_page(tif: tifffile.TiffFile) -> tifffile.TiffPage:
@@ -524,7 +525,8 @@ def _check_values(path: Path, what: str, values: Tensor) -> None:
     low, high = (v.item() for v in values.detach().float().aminmax())
     finite = math.isfinite(low) and math.isfinite(high)  # what is not, to_integers counts
     if finite and (low < -OVERSHOOT or high > 1 + OVERSHOOT):
-        raise ImageError(f"{path}: {what} from {low:g} to {high:g}, not in [0, 1]; divide 8-bit values by 255")
+        found = f"from {low:g} to {high:g}, not in [0, 1]"
+        raise ImageError(f"{path}: {what} {found}; divide 8-bit values by 255")
 
 # %% ../nbs/bench/image_files.ipynb #d451fb17
 def _check_shapes(path: Path, pixels: Tensor, alpha: Tensor | None) -> None:
@@ -574,7 +576,7 @@ def write_image(
     *,
     bits: int = 8,  # 8, or 16 (png and tif)
 ) -> None:
-    "Write a picture, clamped to [0, 1]; raises `ImageError`, also for integers and for values beyond [-1, 2]."
+    "Write a picture, clamped to [0, 1]; raises `ImageError`, also for values beyond [-1, 2]."
     write_picture(path, Picture(image, bits=bits))
 
 # %% ../nbs/bench/image_files.ipynb #2950feee

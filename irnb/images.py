@@ -485,7 +485,8 @@ def _error_maps(figure, axes, crops, truth: np.ndarray, limit: float | None) -> 
 
 # %% ../nbs/bench/images.ipynb #g0img006
 _MOVED = ("SUFFIXES MAX_PIXELS MAX_PAGES MAX_SCANS OVERSHOOT ImageError Picture printable read_array "
-          "read_picture replacing check_writable write_array write_picture read_image write_image image_files")
+          "read_picture replacing check_writable write_array write_picture read_image write_image "
+          "image_files")
 
 
 def __getattr__(name: str) -> Any:

@@ -13,23 +13,29 @@ from .images import quantise as to_levels, rgb_to_y
 __all__ = ['psnr', 'ssim', 'laplacian_energy', 'high_frequency_ratio']
 
 # %% ../nbs/bench/metrics.ipynb #4cf487a0
+def _check_batch(name: str, which: str, t: Tensor) -> None:
+    "Raise `ValueError` for what is no batch of images."
+    if not isinstance(t, Tensor) or t.dim() != 4 or t.numel() == 0:
+        got = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
+        raise ValueError(f"{name}: the {which} argument must be a non-empty (B, C, H, W) tensor, "
+                         f"got {got}; image[None] makes a batch")
+    if not t.is_floating_point():
+        raise ValueError(f"{name}: the {which} argument must be of a float type, got {t.dtype}; "
+                         "divide 8-bit values by 255")
+
+
 def _checked(name: str, x: Tensor, y: Tensor, data_range: float, crop_border: int) -> None:
     "Raise `ValueError` for a pair of tensors that cannot be compared."
-    for which, t in (("first", x), ("second", y)):
-        if not isinstance(t, Tensor) or t.dim() != 4 or t.numel() == 0:
-            raise ValueError(f"{name}: the {which} argument must be a non-empty (B, C, H, W) tensor, "
-                             f"got {tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__}; "
-                             "image[None] makes a batch")
-        if not t.is_floating_point():
-            raise ValueError(f"{name}: the {which} argument must be of a float type, got {t.dtype}; "
-                             "divide 8-bit values by 255")
+    _check_batch(name, "first", x)
+    _check_batch(name, "second", y)
     if x.shape != y.shape:
-        raise ValueError(f"{name}: shapes differ, {tuple(x.shape)} and {tuple(y.shape)}; nothing is broadcast")
+        raise ValueError(f"{name}: shapes differ, {tuple(x.shape)} and {tuple(y.shape)}")
     if not 0 < data_range < math.inf:
-        raise ValueError(f"{name}: data_range must be positive and finite, got {data_range}; it is 1 for [0, 1]")
-    if crop_border != int(crop_border) or crop_border < 0 or 2 * crop_border >= min(x.shape[-2:]):
+        raise ValueError(f"{name}: data_range must be positive and finite, got {data_range}")
+    sides = tuple(x.shape[-2:])
+    if crop_border != int(crop_border) or crop_border < 0 or 2 * crop_border >= min(sides):
         raise ValueError(f"{name}: crop_border must be a whole number >= 0 that leaves some of "
-                         f"{tuple(x.shape[-2:])} px, got {crop_border}")
+                         f"{sides} px, got {crop_border}")
 
 # %% ../nbs/bench/metrics.ipynb #02a28b34
 def _finite(name: str, values: Tensor) -> Tensor:
@@ -41,26 +47,40 @@ def _finite(name: str, values: Tensor) -> Tensor:
     return values
 
 # %% ../nbs/bench/metrics.ipynb #00310b7e
-def _prepared(name: str, x: Tensor, data_range: float, crop_border: int, y_channel: bool, quantise: bool) -> Tensor:
+def _prepared(name: str, x: Tensor, data_range: float, crop_border: int,
+              y_channel: bool, quantise: bool) -> Tensor:
     "One tensor, cropped, quantised and converted; at least 32-bit floats."
-    if crop_border: x = x[..., crop_border:-crop_border, crop_border:-crop_border]
-    if x.dtype not in (torch.float32, torch.float64): x = x.float()
-    if quantise: x = to_levels(_finite(name, x) / data_range) * data_range
-    if y_channel and x.shape[1] not in (1, 3):
-        raise ValueError(f"{name}: y_channel needs RGB or one channel, got {x.shape[1]} channels; use y_channel=False")
-    return rgb_to_y(x / data_range) * data_range if y_channel and x.shape[1] == 3 else x
+    if crop_border:
+        x = x[..., crop_border:-crop_border, crop_border:-crop_border]
+    if x.dtype not in (torch.float32, torch.float64):
+        x = x.float()
+    if quantise:
+        x = to_levels(_finite(name, x) / data_range) * data_range
+    if not y_channel or x.shape[1] == 1:
+        return x
+    if x.shape[1] != 3:
+        raise ValueError(f"{name}: y_channel needs RGB or one channel, got {x.shape[1]} channels")
+    return rgb_to_y(x / data_range) * data_range
 
 # %% ../nbs/bench/metrics.ipynb #ae615d10
-_RUN = 16
+_RUN = 16  # values whose squared distance is taken at once
+
+
+def _tail(x: Tensor, y: Tensor, n: int) -> Tensor:
+    "Sum of squared differences (B,) from position n on; short, so straight to 64 bits."
+    return (x[:, n:].double() - y[:, n:].double()).square().sum(1)
+
 
 def _mse(x: Tensor, y: Tensor) -> Tensor:
     "Mean squared error of each image (B,), in float64."
-    x, y = x.flatten(1), y.flatten(1)
-    n = x.shape[1] // _RUN * _RUN                        # what is left over is short: straight to 64 bits
+    x = x.flatten(1)
+    y = y.flatten(1)
+    n = x.shape[1] // _RUN * _RUN
     runs = torch.cdist(x[:, :n].reshape(-1, 1, _RUN), y[:, :n].reshape(-1, 1, _RUN),
-                       compute_mode="donot_use_mm_for_euclid_dist")
-    total = torch.linalg.vector_norm(runs.view(x.shape[0], -1), dim=1, dtype=torch.float64).square()
-    if n < x.shape[1]: total = total + (x[:, n:].double() - y[:, n:].double()).square().sum(1)
+                       compute_mode="donot_use_mm_for_euclid_dist").view(len(x), -1)
+    total = torch.linalg.vector_norm(runs, dim=1, dtype=torch.float64).square()
+    if n < x.shape[1]:
+        total = total + _tail(x, y, n)
     return total / x.shape[1]
 
 # %% ../nbs/bench/metrics.ipynb #2bc2742b
@@ -73,7 +93,7 @@ def psnr(
     y_channel: bool = False,  # compare the BT.601 studio luma instead of RGB; one channel stays as it is
     quantise: bool = False,  # clamp and round to 8 bit first
 ) -> Tensor:  # (B,) float64, in dB, infinite for equal images
-    "Peak signal-to-noise ratio of each image; `ValueError` for shapes, types or values that cannot be compared."
+    "Peak signal-to-noise ratio of each image; `ValueError` for what cannot be compared."
     _checked("psnr", x, y, data_range, crop_border)
     x, y = (_prepared("psnr", t, data_range, crop_border, y_channel, quantise) for t in (x, y))
     return 10 * torch.log10(data_range**2 / _finite("psnr", _mse(x, y)))
@@ -93,32 +113,41 @@ def _smooth(maps: Tensor, dim: int) -> Tensor:
 # %% ../nbs/bench/metrics.ipynb #4b84d2a2
 def _ssim_map(x: Tensor, y: Tensor, data_range: float) -> Tensor:
     "SSIM (P, h - 10, w - 10) of planes (P, h, w) in float64, for every complete window."
-    x, y = x.double(), y.double()
+    x = x.double()
+    y = y.double()
     maps = torch.stack([x, y, torch.addcmul(x * x, y, y), x * y])
     mean_x, mean_y, squares, product = _smooth(_smooth(maps, -2), -1)
-    both, means = mean_x * mean_y, torch.addcmul(mean_x * mean_x, mean_y, mean_y)
-    c1, c2 = (0.01 * data_range)**2, (0.03 * data_range)**2
+    both = mean_x * mean_y
+    means = torch.addcmul(mean_x * mean_x, mean_y, mean_y)
+    c1 = (0.01 * data_range) ** 2
+    c2 = (0.03 * data_range) ** 2
     numerator = (both + c1 / 2) * (product - both).add_(c2 / 2)
     return 4 * numerator / ((squares - means).add_(c2) * means.add_(c1))
 
 # %% ../nbs/bench/metrics.ipynb #8f3f818f
 def _spans(size: int, length: int) -> list[slice]:
     "Slices of at most `length` whose complete windows cover each window of an axis once."
-    return [slice(first, min(first + length, size)) for first in range(0, size - 2 * _RADIUS, length - 2 * _RADIUS)]
+    starts = range(0, size - 2 * _RADIUS, length - 2 * _RADIUS)
+    return [slice(first, min(first + length, size)) for first in starts]
+
 
 def _pieces(planes: int, h: int, w: int, pixels: int) -> tuple[list[slice], list[tuple[slice, slice]]]:
     "Groups of planes, and the tiles of each, of about so many pixels."
-    columns = min(w, pixels // 32)                       # strips of at least 32 rows, of which 10 are overlap
-    rows, group = min(h, pixels // columns), max(1, pixels // (h * w))
+    columns = min(w, pixels // 32)  # strips of at least 32 rows, of which 10 are overlap
+    rows = min(h, pixels // columns)
+    group = max(1, pixels // (h * w))
     tiles = [(r, c) for r in _spans(h, rows) for c in _spans(w, columns)]
     return [slice(i, i + group) for i in range(0, planes, group)], tiles
 
 # %% ../nbs/bench/metrics.ipynb #0685151f
 def _ssim_sums(x: Tensor, y: Tensor, data_range: float) -> Tensor:
     "Sum of the SSIM map of each plane (P, h, w), in float64, piece by piece."
-    pixels = 2**16 if x.device.type == "cpu" else 2**24   # measured: four maps of 2**16 float64 stay in the cache
+    pixels = 2**16 if x.device.type == "cpu" else 2**24  # measured: four maps of float64 stay in the cache
     groups, tiles = _pieces(*x.shape, pixels)
-    def total(piece: tuple) -> Tensor: return _ssim_map(x[piece], y[piece], data_range).sum((1, 2))
+
+    def total(piece: tuple) -> Tensor:
+        return _ssim_map(x[piece], y[piece], data_range).sum((1, 2))
+
     return torch.cat([sum(total((planes, *tile)) for tile in tiles) for planes in groups])
 
 # %% ../nbs/bench/metrics.ipynb #fbff7013
@@ -131,10 +160,11 @@ def ssim(
     y_channel: bool = False,  # compare the BT.601 studio luma instead of RGB; one channel stays as it is
     quantise: bool = False,  # clamp and round to 8 bit first
 ) -> Tensor:  # (B,) float64, in [-1, 1]
-    "Structural similarity of each image (Wang et al. 2004), Gaussian window, valid region, mean over channels."
+    "Structural similarity of each image (Wang et al. 2004); Gaussian window, valid region."
     _checked("ssim", x, y, data_range, crop_border)
     x, y = (_prepared("ssim", t, data_range, crop_border, y_channel, quantise) for t in (x, y))
-    (b, c, h, w), window = x.shape, 2 * _RADIUS + 1
+    b, c, h, w = x.shape
+    window = 2 * _RADIUS + 1
     if min(h, w) < window:
         raise ValueError(f"ssim: sides must be >= {window} px after cropping, got {(h, w)}; "
                          "use psnr for smaller images")
@@ -150,21 +180,28 @@ def laplacian_energy(x: Tensor,  # (B,C,H,W), sides >= 3 px
     return lap.square().mean(dim=(1, 2, 3))
 
 # %% ../nbs/bench/metrics.ipynb #a0190182
-def high_frequency_ratio(restored: Tensor,  # (B,C,H,W)
-                         clean: Tensor,  # (B,C,H,W)
-                         *, block: int = 16,  # px, side of the places that are compared
-                         share: float = 0.25,  # of the places: those with most texture in the clean image
-                         crop_border: int = 0,  # px left out at each side
-                         y_channel: bool = False,  # compare the BT.601 studio luma instead of RGB; one channel stays as it is
-                         quantise: bool = False,  # clamp and round to 8 bit first
-                         ) -> Tensor:  # (B,); 1: as much fine structure as the clean image, below: smoother
-    "Laplacian energy of the restored over that of the clean image, in the most textured places; `ValueError` as for `psnr`."
-    _checked("high_frequency_ratio", restored, clean, 1.0, crop_border)
-    def blocks(x: Tensor) -> Tensor:
-        x = _prepared("high_frequency_ratio", x, 1.0, crop_border, y_channel, quantise)
-        side = min(block, *x.shape[-2:])
-        tiles = x.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5)  # (B,n,m,C,side,side)
-        return laplacian_energy(tiles.reshape(-1, *tiles.shape[3:])).view(len(x), -1)
-    mine, theirs = blocks(restored), blocks(clean)
+def _block_energy(x: Tensor, block: int) -> Tensor:
+    "Laplacian energy (B, n) of each block of the images (B, C, H, W)."
+    side = min(block, *x.shape[-2:])
+    tiles = x.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5)
+    return laplacian_energy(tiles.reshape(-1, *tiles.shape[3:])).view(len(x), -1)
+
+
+def high_frequency_ratio(
+    restored: Tensor,  # (B, C, H, W)
+    clean: Tensor,  # (B, C, H, W)
+    *,
+    block: int = 16,  # px, side of the places that are compared
+    share: float = 0.25,  # of the places: those with most texture in the clean image
+    crop_border: int = 0,  # px left out at each side
+    y_channel: bool = False,  # compare the BT.601 studio luma; one channel stays as it is
+    quantise: bool = False,  # clamp and round to 8 bit first
+) -> Tensor:  # (B,); 1: as much fine structure as the clean image, below: smoother
+    "Laplacian energy over that of the clean image, where it has most texture; `ValueError` as for `psnr`."
+    name = "high_frequency_ratio"
+    _checked(name, restored, clean, 1.0, crop_border)
+    how = (1.0, crop_border, y_channel, quantise)
+    mine = _block_energy(_prepared(name, restored, *how), block)
+    theirs = _block_energy(_prepared(name, clean, *how), block)
     chosen = theirs.topk(max(1, round(share * theirs.shape[1])), dim=1).indices
     return mine.gather(1, chosen).sum(1) / theirs.gather(1, chosen).sum(1).clamp(min=1e-12)

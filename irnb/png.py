@@ -227,7 +227,7 @@ def _cost(filtered: np.ndarray) -> np.ndarray:
 
 
 def _filtered(rows: np.ndarray, previous: np.ndarray, step: int) -> bytes:
-    "Filter (n, W*step) bytes by Sub or Up, whichever is smaller per row; `previous` is the row above the first."
+    "Filter (n, W*step) bytes by Sub or Up, per row the smaller; `previous` is the row above the first."
     up = rows - np.concatenate([previous[None], rows[:-1]])
     sub = rows.copy()
     sub[:, step:] -= rows[:, :-step]

@@ -41,7 +41,8 @@ class _Record:
         pairs = zip("A" + type(self).__name__, type(self).__name__)
         words = "".join("_" + c if c.isupper() and not p.isupper() else c for p, c in pairs)
         values = " ".join(short(v) if i == 0 else f"{n} {short(v)}" for i, (n, v) in enumerate(self._shown()))
-        return "_".join("".join(c if c.isalnum() or c in ".-" else " " for c in f"{words} {values}").split()).lower()
+        kept = (c if c.isalnum() or c in ".-" else " " for c in f"{words} {values}")
+        return "_".join("".join(kept).split()).lower()
 
     def _key(self) -> tuple: return type(self), *(_freeze(getattr(self, f.name)) for f in fields(self))
     def __eq__(self, other: object) -> bool: return isinstance(other, _Record) and self._key() == other._key()
@@ -134,7 +135,7 @@ class Compose(Degradation):
 @dataclass(frozen=True, eq=False, repr=False, init=False)
 class OneOf(Degradation):
     "A mixture: every sample gets one of several degradations, all equally likely."
-    kinds: tuple[Degradation, ...]  # of one scale, with numbers or distributions as parameters (not one value per sample)
+    kinds: tuple[Degradation, ...]  # of one scale; no parameter is a tensor (B,)
     _noisy = True
 
     def __init__(self, *kinds: Degradation) -> None:
@@ -142,7 +143,8 @@ class OneOf(Degradation):
             if not isinstance(kind, Degradation):
                 raise ValueError(f"OneOf: every kind must be a Degradation, got {kind!r}")
         if len({kind.scale for kind in kinds}) != 1:
-            raise ValueError(f"OneOf: needs one or more degradations of one scale, got {[f'{k!r} of scale {k.scale}' for k in kinds]}")
+            got = [f"{kind!r} of scale {kind.scale}" for kind in kinds]
+            raise ValueError(f"OneOf: needs one or more degradations of one scale, got {got}")
         object.__setattr__(self, "kinds", tuple(kinds))
 
     def draw(
@@ -183,11 +185,15 @@ class _Floor(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor: return grad
 
 
-def floor_through(x: Tensor) -> Tensor:
+def floor_through(
+    x: Tensor,  # a temporary: overwritten
+) -> Tensor:
     "Floor of a temporary, in place where no gradient is wanted, straight-through where one is."
     return _Floor.apply(x) if x.requires_grad else x.floor_()
 
 
-def to_8bit(x: Tensor) -> Tensor:
+def to_8bit(
+    x: Tensor,  # any shape, in [0, 1]
+) -> Tensor:
     "Clip to [0, 1] and round to 256 levels, straight-through."
     return floor_through(x.clamp(0, 1).mul_(255).add_(0.5)).div_(255)

@@ -29,7 +29,8 @@ def gaussian_noise(
 ) -> Tensor:  # (B, C, H, W)
     "Add white Gaussian noise. Raises ValueError for sigma < 0 or without a generator. (DIL, section 3)"
     check_generator("gaussian_noise", generator)
-    if not isinstance(sigma, Tensor): check_parameter("gaussian_noise", "sigma", sigma, 0, math.inf, "on the 255 scale")
+    if not isinstance(sigma, Tensor):
+        check_parameter("gaussian_noise", "sigma", sigma, 0, math.inf, "on the 255 scale")
     z = random_like(torch.randn, x.shape, x, generator)
     std = as_column(sigma, x) / 255
     y = torch.addcmul(x, z, std) if isinstance(std, Tensor) else torch.add(x, z, alpha=std)
@@ -85,7 +86,8 @@ def salt_pepper(
     u = random_like(torch.rand, x.shape, x, generator)
     half = as_column(amount, x) / 2
     # 0 or 1 without boolean masks, which are slow to convert on a CPU
-    pepper, salt = ((half - u).clamp_(min=0).sign_(), (u - (1 - half)).clamp_(min=0).sign_())
+    pepper = (half - u).clamp_(min=0).sign_()
+    salt = (u - (1 - half)).clamp_(min=0).sign_()
     y = torch.maximum(x, salt)
     return torch.addcmul(y, y, pepper, value=-1)
 
@@ -160,8 +162,10 @@ class RawNoise(Degradation):
         return 2 if self.form == "packed" else 1
 
     def _apply(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        shot, read = self._draw("shot", x, generator), self._draw("read", x, generator)
-        return raw_noise(x, shot, read, generator=generator, pattern=self.pattern, form=self.form, clip=self.clip)
+        shot = self._draw("shot", x, generator)
+        read = self._draw("read", x, generator)
+        return raw_noise(x, shot, read, generator=generator, pattern=self.pattern, form=self.form,
+                         clip=self.clip)
 
 # %% ../../nbs/bench/degradations/noise.ipynb #c68d86b8
 def camera_noise(
@@ -178,7 +182,8 @@ def camera_noise(
     "Signal-dependent noise, correlated in space and colour. (Noise-DA, small-scale protocol)"
     check_image("camera_noise", x, (3,))
     index = torch.tensor([pattern_index("camera_noise", pattern)]) if isinstance(pattern, str) else pattern
-    mask, linear = bayer_mask(x, index), x.clamp(0, 1) ** gamma
+    mask = bayer_mask(x, index)
+    linear = x.clamp(0, 1) ** gamma
     plane = (linear * mask).sum(1, keepdim=True)
     noise = demosaic_bilinear(signal_noise(plane, shot, read, generator=generator) * mask)
     if isinstance(blur, Tensor) or blur > 0: noise = gaussian_blur(noise, blur, kernel_size=13)
@@ -198,7 +203,8 @@ class CameraNoise(Degradation):
     quantise: bool = True  # round to 8 bits
     _bounds = {"shot": (0, math.inf, "variance per unit of signal"), "read": (0, math.inf, "variance"),
                "blur": (0, 6, "in pixels"), "gamma": (0.1, 10, "exponent")}
-    _noisy, _channels = True, (3,)
+    _noisy = True
+    _channels = (3,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,14 +212,14 @@ class CameraNoise(Degradation):
 
     def _apply(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         shot, read, blur = (self._draw(n, x, generator) for n in ("shot", "read", "blur"))
-        return camera_noise(x, shot, read, generator=generator, blur=blur, pattern=self.pattern, gamma=self.gamma,
-                            quantise=self.quantise)
+        return camera_noise(x, shot, read, generator=generator, blur=blur, pattern=self.pattern,
+                            gamma=self.gamma, quantise=self.quantise)
 
 # %% ../../nbs/bench/degradations/noise.ipynb #62b6df3e
 def camera(
     setting: str,  # "smooth" (S1) or "textured" (S2)
 ) -> CameraNoise:
-    "Camera-like noise of the Noise-DA protocol; enlarge the clean image twice before S1. (noise_da, section 10)"
+    "Camera-like noise of the Noise-DA protocol; enlarge the clean image twice before S1."
     if setting == "smooth": return CameraNoise()
     if setting == "textured": return CameraNoise(LogUniform(0.008, 0.04), LogUniform(2e-4, 2e-3), blur=1.0)
     raise ValueError(f"camera: setting must be smooth or textured, got {setting!r}")
@@ -226,8 +232,10 @@ class ColourNoise(Degradation):
     constant: float | Distribution | Tensor = Uniform(0, 0.06)  # c >= 0: std without signal
     pattern: str | Choice = "RGGB"  # one of BAYER, or Choice of them
     gamma: float = 2.2  # tone curve
-    _bounds = {"signal": (0, math.inf, "std"), "constant": (0, math.inf, "std"), "gamma": (0.1, 10, "exponent")}
-    _noisy, _channels = True, (3,)
+    _bounds = {"signal": (0, math.inf, "std"), "constant": (0, math.inf, "std"),
+               "gamma": (0.1, 10, "exponent")}
+    _noisy = True
+    _channels = (3,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -235,8 +243,11 @@ class ColourNoise(Degradation):
         for p in patterns: pattern_index("ColourNoise", p)
 
     def _apply(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        s, c, pattern = self._draw("signal", x, generator), self._draw("constant", x, generator), self.pattern
+        s = self._draw("signal", x, generator)
+        c = self._draw("constant", x, generator)
+        pattern = self.pattern
         if isinstance(pattern, Choice):
             which = pattern.index(len(x), generator)
             pattern = torch.tensor([BAYER.index(p) for p in pattern.values], device=which.device)[which]
-        return camera_noise(x, s * s, c * c, generator=generator, pattern=pattern, gamma=self.gamma, quantise=False)
+        return camera_noise(x, s * s, c * c, generator=generator, pattern=pattern, gamma=self.gamma,
+                            quantise=False)

@@ -38,10 +38,13 @@ def _unit(n: int, generator: torch.Generator) -> Tensor:
 def _check_range(who: str, lo: float, hi: float, positive: bool = False) -> None:
     "Raise unless lo <= hi are finite (and positive where asked)."
     if not (math.isfinite(lo) and math.isfinite(hi) and lo <= hi) or (positive and lo <= 0):
-        raise ValueError(f"{who}: needs {'0 < ' if positive else ''}lo <= hi, both finite, got lo={lo}, hi={hi}")
+        want = "0 < lo <= hi" if positive else "lo <= hi"
+        raise ValueError(f"{who}: needs {want}, both finite, got lo={lo}, hi={hi}")
 
 # %% ../../nbs/bench/degradations/parameters.ipynb #f6b232f6
-def short(value: Any) -> str:
+def short(
+    value: Any,  # a parameter of any kind
+) -> str:
     "A parameter as it appears in repr: short, and without the storage type."
     if not isinstance(value, Tensor): return repr(value)
     if value.ndim == 1 and len(value) <= 8: return str([round(v, 4) for v in value.tolist()])
@@ -128,35 +131,62 @@ class Choice(Distribution):
         return table[self.index(n, generator)]
 
 # %% ../../nbs/bench/degradations/parameters.ipynb #c76d2cc0
-def check_parameter(who: str, name: str, value: Any, lo: float, hi: float, unit: str) -> None:
+def _ends(who: str, name: str, value: Any) -> tuple:
+    "The smallest and the largest value that a parameter can take."
+    if isinstance(value, Distribution):
+        return value.low, value.high
+    if not isinstance(value, Tensor):
+        return value, value
+    if value.ndim != 1 or not len(value):
+        raise ValueError(f"{who}: {name} as a tensor must have shape (B,), got {tuple(value.shape)}")
+    return float(value.min()), float(value.max())
+
+
+def _is_number(value: Any) -> bool:
+    "Whether a value is a number, and not a truth value."
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_parameter(
+    who: str,  # the degradation
+    name: str,  # the parameter
+    value: Any,  # a number, a tensor (B,) or a distribution
+    lo: float,  # smallest allowed
+    hi: float,  # largest allowed
+    unit: str,  # said in the message
+) -> None:
     "Raise ValueError unless a number, a tensor's entries or a distribution's support lie in [lo, hi]."
-    if isinstance(value, Tensor):
-        if value.ndim != 1 or not len(value):
-            raise ValueError(f"{who}: {name} as a tensor must have shape (B,), got {tuple(value.shape)}")
-        ends = (float(value.min()), float(value.max()))
-    elif isinstance(value, Distribution): ends = (value.low, value.high)
-    else: ends = (value, value)
-    for end in ends:
-        if not isinstance(end, (int, float)) or isinstance(end, bool) or not lo <= end <= hi:
+    for end in _ends(who, name, value):
+        if not _is_number(end) or not lo <= end <= hi:
             asked = f">= {lo:g}" if hi == math.inf else f"in [{lo:g}, {hi:g}]"
             raise ValueError(f"{who}: {name} must be {asked}, got {end!r} ({unit})")
 
 # %% ../../nbs/bench/degradations/parameters.ipynb #6c199e74
-def check_image(who: str, x: Tensor, channels: tuple[int, ...] = ()) -> None:
-    "Raise ValueError unless x is floating point (B, C, H, W) with an allowed number of channels."
+def check_image(
+    who: str,  # named in the message
+    x: Tensor,  # should be floating point (B, C, H, W)
+    channels: tuple[int, ...] = (),  # allowed; empty: any
+) -> None:
+    "Raise ValueError unless x is a batch of images with an allowed number of channels."
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = getattr(x, "dtype", type(x))
-        raise ValueError(f"{who}: expected a floating point tensor in [0, 1], got {got}; divide 8-bit values by 255")
+        got = f"{getattr(x, 'dtype', type(x))}; divide 8-bit values by 255"
+        raise ValueError(f"{who}: expected a floating point tensor in [0, 1], got {got}")
+    shape = tuple(x.shape)
     if x.ndim != 4 or not x.numel():
-        raise ValueError(f"{who}: expected a batch (B, C, H, W), got shape {tuple(x.shape)}; use x[None] for one image")
-    if channels and x.shape[1] not in channels:
-        raise ValueError(f"{who}: expected {' or '.join(map(str, channels))} channels, got shape {tuple(x.shape)}")
+        want = "a batch (B, C, H, W)"
+        raise ValueError(f"{who}: expected {want}, got shape {shape}; use x[None] for one image")
+    if channels and shape[1] not in channels:
+        raise ValueError(f"{who}: expected {' or '.join(map(str, channels))} channels, got shape {shape}")
 
 
-def check_generator(who: str, generator: torch.Generator | None) -> torch.Generator:
+def check_generator(
+    who: str,  # named in the message
+    generator: torch.Generator | None,  # what was passed
+) -> torch.Generator:  # the same
     "Raise ValueError unless there is a generator."
     if not isinstance(generator, torch.Generator):
-        raise ValueError(f"{who}: is random, pass generator=torch.Generator().manual_seed(seed), got {generator!r}")
+        remedy = "pass generator=torch.Generator().manual_seed(seed)"
+        raise ValueError(f"{who}: is random, {remedy}, got {generator!r}")
     return generator
 
 # %% ../../nbs/bench/degradations/parameters.ipynb #8c86c039
@@ -170,21 +200,32 @@ def random_like(
     return kind(shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
 
 
-def as_row(value: float | Tensor, x: Tensor) -> Tensor:
+def as_row(
+    value: float | Tensor,  # a number or (B,)
+    x: Tensor,  # (B, ...): gives batch, dtype, device
+) -> Tensor:  # (1,) or (B,)
     "A parameter as a tensor (1,) or (B,) of x's dtype and device."
     if not isinstance(value, Tensor): return x.new_full((1,), value)
     value = value.to(device=x.device, dtype=x.dtype).reshape(-1)
     if len(value) not in (1, len(x)):
-        raise ValueError(f"a parameter holds {len(value)} values for a batch of {len(x)}: give one, or one per sample")
+        held = f"{len(value)} values for a batch of {len(x)}"
+        raise ValueError(f"a parameter holds {held}: give one, or one per sample")
     return value
 
 
-def as_column(value: float | Tensor, x: Tensor) -> float | Tensor:
+def as_column(
+    value: float | Tensor,  # a number or (B,)
+    x: Tensor,  # (B, ...): gives batch, dtype, device
+) -> float | Tensor:  # a float, or (B, 1, 1, 1)
     "A parameter ready to multiply images: a float, or (B, 1, 1, 1)."
     return as_row(value, x).view(-1, 1, 1, 1) if isinstance(value, Tensor) else value
 
 # %% ../../nbs/bench/degradations/parameters.ipynb #957e188c
-def constant(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+def constant(
+    array: np.ndarray,  # any shape
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
     "A tensor safe to cache: made outside inference mode, so that autograd may save it later."
     with torch.inference_mode(False):
         return torch.tensor(array, dtype=dtype, device=device)

@@ -25,17 +25,25 @@ BAYER = ("RGGB", "GRBG", "GBRG", "BGGR")  # colours of the 2x2 cell: first row, 
 @lru_cache(maxsize=1)
 def _cells() -> Tensor:
     "(4, 3, 2, 2) masks: pattern, colour, row, column."
-    return torch.tensor([[[[c == p[2 * i + j] for j in (0, 1)] for i in (0, 1)] for c in "RGB"] for p in BAYER])
+    flat = [[[c == sampled for sampled in pattern] for c in "RGB"] for pattern in BAYER]
+    return torch.tensor(flat).view(4, 3, 2, 2)
 
 
-def pattern_index(who: str, pattern: str) -> int:
+def pattern_index(
+    who: str,  # named if it is none
+    pattern: str,  # one of BAYER
+) -> int:  # 0 to 3
     "Position of a pattern in BAYER; ValueError for anything else."
-    if pattern not in BAYER: raise ValueError(f"{who}: pattern must be one of {', '.join(BAYER)}, got {pattern!r}")
+    if pattern not in BAYER:
+        raise ValueError(f"{who}: pattern must be one of {', '.join(BAYER)}, got {pattern!r}")
     return BAYER.index(pattern)
 
 
-def bayer_mask(x: Tensor, pattern: Tensor) -> Tensor:
-    "(P, 3, H, W) of x's dtype: 1 where the colour is sampled; pattern (P,) indexes BAYER."
+def bayer_mask(
+    x: Tensor,  # (B, C, H, W): gives size, dtype, device
+    pattern: Tensor,  # (P,) positions in BAYER
+) -> Tensor:  # (P, 3, H, W)
+    "1 where the colour is sampled."
     h, w = x.shape[-2:]
     cell = _cells().to(x.device, x.dtype)[pattern.to(x.device)]
     return cell.repeat(1, 1, (h + 1) // 2, (w + 1) // 2)[..., :h, :w]
@@ -55,7 +63,8 @@ def pack_bayer(
     check_image("pack_bayer", plane, (1,))
     pattern_index("pack_bayer", pattern)
     if plane.shape[-1] % 2 or plane.shape[-2] % 2:
-        raise ValueError(f"pack_bayer: both sides must be even, got {tuple(plane.shape[-2:])}; crop one row or column")
+        got = tuple(plane.shape[-2:])
+        raise ValueError(f"pack_bayer: both sides must be even, got {got}; crop one row or column")
     return F.pixel_unshuffle(plane, 2)[:, _pack_order(pattern)]
 
 # %% ../../nbs/bench/degradations/sampling.ipynb #c5ba3000
@@ -93,6 +102,18 @@ def mosaic(
     return x * mask if form == "masked" else to_form((x * mask).sum(1, keepdim=True), mask, form, pattern)
 
 # %% ../../nbs/bench/degradations/sampling.ipynb #cb654cf9
+def _cross(p: Tensor, side: Tensor) -> Tensor:
+    "Sum (B, H, W) of the four green neighbours of each pixel."
+    return side[:, 1, 1:-1] + p[:, 1, :-2, 1:-1] + p[:, 1, 2:, 1:-1]
+
+
+def _red_and_blue(p: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
+    "Red and blue, each (B, H, W): first across, then down."
+    across = torch.add(p[:, ::2, :, 1:-1], side[:, ::2], alpha=0.5)
+    both = torch.add(across[:, :, 1:-1], across[:, :, :-2] + across[:, :, 2:], alpha=0.5)
+    return both.unbind(1)
+
+
 def demosaic_bilinear(
     masked: Tensor,  # (B, 3, H, W), zeros where a colour was not sampled; sides >= 2
 ) -> Tensor:  # (B, 3, H, W)
@@ -103,9 +124,8 @@ def demosaic_bilinear(
     p = F.pad(masked, (1, 1, 1, 1), mode="reflect")
     # few passes over the image: a grouped 3x3 convolution is many times slower on a CPU
     side = p[..., :-2] + p[..., 2:]  # left and right neighbours, (B, 3, H + 2, W)
-    cross = side[:, 1, 1:-1] + p[:, 1, :-2, 1:-1] + p[:, 1, 2:, 1:-1]
-    across = torch.add(p[:, ::2, :, 1:-1], side[:, ::2], alpha=0.5)
-    red, blue = torch.add(across[:, :, 1:-1], across[:, :, :-2] + across[:, :, 2:], alpha=0.5).unbind(1)
+    cross = _cross(p, side)
+    red, blue = _red_and_blue(p, side)
     return torch.stack((red, torch.add(masked[:, 1], cross, alpha=0.25), blue), 1)
 
 # %% ../../nbs/bench/degradations/sampling.ipynb #70c10781
@@ -125,28 +145,46 @@ class Mosaic(Degradation):
         "2 for the packed form."
         return 2 if self.form == "packed" else 1
 
-    def _apply(self, x: Tensor, generator: torch.Generator | None) -> Tensor: return mosaic(x, self.pattern, self.form)
+    def _apply(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        return mosaic(x, self.pattern, self.form)
 
 # %% ../../nbs/bench/degradations/sampling.ipynb #accb72e4
 def _cubic(t: np.ndarray) -> np.ndarray:
     "Keys' cubic kernel, a = -1/2."
     t = np.abs(t)
-    return np.where(t <= 1, (1.5 * t - 2.5) * t * t + 1, np.where(t <= 2, ((-0.5 * t + 2.5) * t - 4) * t + 2, 0))
+    near = (1.5 * t - 2.5) * t * t + 1
+    far = ((-0.5 * t + 2.5) * t - 4) * t + 2
+    return np.where(t <= 1, near, np.where(t <= 2, far, 0))
+
+
+def _taps(n: int, scale: float, stretch: float) -> tuple[np.ndarray, np.ndarray]:
+    "For each output sample the input positions (out, taps) that it takes, and their weights."
+    out = math.ceil(n * scale - 1e-9)
+    centre = (np.arange(out) + 0.5) / scale - 0.5
+    first = np.floor(centre - 2 / stretch).astype(int)
+    index = first[:, None] + np.arange(math.ceil(4 / stretch) + 2)
+    weight = _cubic(stretch * (centre[:, None] - index))
+    return index, weight / weight.sum(1, keepdims=True)
+
+
+def _mirrored(index: np.ndarray, n: int) -> np.ndarray:
+    "Positions outside of 0..n-1 reflected, the edge repeated."
+    source = index % (2 * n)
+    return np.where(source < n, source, 2 * n - 1 - source)
 
 
 @lru_cache(maxsize=256)
-def resize_matrix(n: int, scale: float, antialias: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    "(ceil(n * scale), n) interpolation matrix of one axis."
-    out = math.ceil(n * scale - 1e-9)
-    stretch = min(scale, 1.0) if antialias else 1.0
-    centre = (np.arange(out) + 0.5) / scale - 0.5
-    taps = math.ceil(4 / stretch) + 2
-    index = np.floor(centre - 2 / stretch).astype(int)[:, None] + np.arange(taps)
-    weight = _cubic(stretch * (centre[:, None] - index))
-    source = index % (2 * n)
-    source = np.where(source < n, source, 2 * n - 1 - source)  # mirrored, the edge repeated
-    matrix = np.zeros((out, n))
-    np.add.at(matrix, (np.arange(out)[:, None], source), weight / weight.sum(1, keepdims=True))
+def resize_matrix(
+    n: int,  # input samples of the axis
+    scale: float,  # factor
+    antialias: bool,  # widen the kernel when shrinking
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:  # (ceil(n * scale), n)
+    "Interpolation matrix of one axis."
+    index, weight = _taps(n, scale, min(scale, 1.0) if antialias else 1.0)
+    matrix = np.zeros((len(index), n))
+    np.add.at(matrix, (np.arange(len(index))[:, None], _mirrored(index, n)), weight)
     return constant(matrix, dtype, device)
 
 # %% ../../nbs/bench/degradations/sampling.ipynb #8be08338
@@ -177,5 +215,6 @@ class Downsample(Degradation):
     def _apply(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         if x.shape[-2] % self.scale or x.shape[-1] % self.scale:
             size = tuple(x.shape[-2:])
-            raise ValueError(f"Downsample: sides must be multiples of {self.scale}, got {size}; crop the clean image")
+            need = f"multiples of {self.scale}"
+            raise ValueError(f"Downsample: sides must be {need}, got {size}; crop the clean image")
         return bicubic(x, 1 / self.scale).clamp_(0, 1)

@@ -25,7 +25,7 @@ def koschmieder(
     airlight: float | Tensor = 1.0,  # in [0, 1]; a number or (B,)
 ) -> Tensor:  # (B, C, H, W)
     "Haze by Koschmieder's law x = y t + A (1 - t), t = exp(-beta depth); differentiable in all."
-    if depth.ndim != 4 or depth.shape[1] != 1 or depth.shape[-2:] != x.shape[-2:] or len(depth) not in (1, len(x)):
+    if depth.ndim != 4 or tuple(depth.shape[1:]) != (1, *x.shape[-2:]) or len(depth) not in (1, len(x)):
         want = f"(B or 1, 1, {x.shape[-2]}, {x.shape[-1]})"
         raise ValueError(f"koschmieder: depth must have shape {want}, got {tuple(depth.shape)}")
     t = torch.exp(depth * -as_column(beta, x))
@@ -62,7 +62,8 @@ class Haze(Degradation):
         return self.depth is None or super().stochastic
 
     def _apply(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        beta, airlight = self._draw("beta", x, generator), self._draw("airlight", x, generator)
+        beta = self._draw("beta", x, generator)
+        airlight = self._draw("airlight", x, generator)
         depth = random_depth(x, generator=generator) if self.depth is None else self.depth.to(x)
         return koschmieder(x, depth, beta, airlight)
 
@@ -103,16 +104,19 @@ class Rain(Degradation):
         density, length, angle, strength, veil = (self._draw(f.name, x, generator) for f in fields(self)[:5])
         size = odd_size(self.length) + 2 * math.ceil(self.width / 2)
         streaks = rain_streaks(x, density, length, angle, size, self.width, generator=generator)
-        return torch.lerp(x, x.new_tensor(0.8), as_column(veil, x)).add_(streaks * as_column(strength, x)).clamp_(0, 1)
+        veiled = torch.lerp(x, x.new_tensor(0.8), as_column(veil, x))
+        return veiled.add_(streaks * as_column(strength, x)).clamp_(0, 1)
 
 # %% ../../nbs/bench/degradations/weather.ipynb #840e4e53
 _RAIN = {
     "did": Rain(Uniform(0.001, 0.008), Uniform(8, 20), Uniform(60, 120), Uniform(0.3, 0.8)),
     "rain14000": Rain(Uniform(0.001, 0.004), Uniform(20, 45), Uniform(50, 130), Uniform(0.4, 0.9)),
-    "heavy": Rain(Uniform(0.004, 0.012), Uniform(15, 35), Uniform(70, 110), Uniform(0.3, 0.7), Uniform(0.1, 0.4), 1.5),
+    "heavy": Rain(Uniform(0.004, 0.012), Uniform(15, 35), Uniform(70, 110), Uniform(0.3, 0.7),
+                  Uniform(0.1, 0.4), 1.5),
     "rain100l": Rain(Uniform(0.0005, 0.002), Uniform(20, 40), Uniform(75, 105), Uniform(0.3, 0.6)),
     "rain12": Rain(Uniform(0.001, 0.003), Uniform(25, 45), Uniform(45, 80), Uniform(0.4, 0.8), 0.0, 1.5),
-    "rain800": Rain(Uniform(0.003, 0.012), Uniform(6, 14), Uniform(60, 120), Uniform(0.5, 1.0), Uniform(0.0, 0.2)),
+    "rain800": Rain(Uniform(0.003, 0.012), Uniform(6, 14), Uniform(60, 120), Uniform(0.5, 1.0),
+                    Uniform(0.0, 0.2)),
 }
 
 
@@ -120,5 +124,6 @@ def rain(
     family: str,  # did, rain14000, heavy (to train on); rain100l, rain12, rain800 (unseen)
 ) -> Rain:
     "Rain in the manner of a public dataset. Raises ValueError for an unknown family. (DIL, section 3)"
-    if family not in _RAIN: raise ValueError(f"rain: family must be one of {', '.join(_RAIN)}, got {family!r}")
+    if family not in _RAIN:
+        raise ValueError(f"rain: family must be one of {', '.join(_RAIN)}, got {family!r}")
     return _RAIN[family]
