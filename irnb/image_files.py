@@ -6,34 +6,25 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
-import re
-import stat
-import struct
-import threading
 import uuid
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .decoders import decode
 from .images import rgb_to_gray
-from .png import MAX_PROFILE, FormatError, check_size, png_extras, png_pixels, write_png
-
-if TYPE_CHECKING:
-    import tifffile
+from .png import FormatError, write_png
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'MAX_PIXELS', 'MAX_PAGES', 'MAX_SCANS', 'OVERSHOOT', 'ImageError', 'printable', 'read_array', 'Picture',
-           'read_picture', 'replacing', 'check_writable', 'write_array', 'to_integers', 'write_picture', 'read_image',
-           'write_image', 'image_files']
+__all__ = ['SUFFIXES', 'MAX_PIXELS', 'OVERSHOOT', 'ImageError', 'printable', 'read_array', 'Picture', 'read_picture', 'replacing',
+           'check_writable', 'write_array', 'to_integers', 'write_picture', 'read_image', 'write_image', 'image_files']
 
 # %% ../nbs/bench/image_files.ipynb #ed528126
 class ImageError(ValueError):
@@ -42,290 +33,12 @@ class ImageError(ValueError):
 # %% ../nbs/bench/image_files.ipynb #e0ef273c
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")  # what is read and written
 MAX_PIXELS = 400_000_000  # larger pictures must be asked for: a 1 kB file can claim to be this large
-MAX_PAGES = 256  # entries in a TIFF's list of pages; 14 bytes can make one that never ends
-MAX_SCANS = 100  # passes over a JPEG, of which encoders make about ten; ten bytes can order one
-
-# %% ../nbs/bench/image_files.ipynb #d654b537
-def _check_file(path: Path) -> int:
-    "The size of an ordinary file in bytes; a pipe, socket or device would be waited for."
-    found = path.stat()
-    if stat.S_ISDIR(found.st_mode):
-        raise FormatError("is a folder, not a picture; list its pictures with image_files")
-    if not stat.S_ISREG(found.st_mode):
-        raise FormatError("is a pipe, socket or device, not a file; copy the picture into a file")
-    return found.st_size
 
 # %% ../nbs/bench/image_files.ipynb #fa774f32
 def printable(text: object,  # a path, a message
               ) -> str:  # one line, safe for a terminal
     "The text with every control character, line break and undecodable byte written as an escape."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-# %% ../nbs/bench/image_files.ipynb #5ec5058d
-_pillow_lock = threading.Lock()
-_pillow_users: list[tuple] = []  # the switches as found by the first reader, once per reader inside
-
-
-def _enter_pillow() -> tuple:
-    "Set the switches; returns them as the first reader found them."
-    from PIL import Image, ImageFile
-    with _pillow_lock:
-        now = (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
-        found = _pillow_users[0] if _pillow_users else now
-        _pillow_users.append(found)
-        Image.MAX_IMAGE_PIXELS = None
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
-    return found
-
-
-def _leave_pillow(found: tuple) -> None:
-    "Put the switches back, if this is the last reader."
-    from PIL import Image, ImageFile
-    with _pillow_lock:
-        _pillow_users.pop()
-        if not _pillow_users:
-            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = found
-
-
-@contextlib.contextmanager
-def _strict_pillow() -> Iterator[None]:
-    "Pillow with its own size limit off (ours is checked) and truncated files refused; restored afterwards."
-    found = _enter_pillow()
-    try:
-        yield
-    finally:
-        _leave_pillow(found)
-
-# %% ../nbs/bench/image_files.ipynb #66635ea2
-for _decoder in ("PIL", "tifffile"):
-    logging.getLogger(_decoder).addHandler(logging.NullHandler())
-
-# %% ../nbs/bench/image_files.ipynb #4cdefced
-_MODES = {"1": "L", "L": "L", "LA": "LA", "La": "LA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBX": "RGB",
-          "RGBA": "RGBA", "RGBa": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
-
-
-def _pillow_mode(mode: str, transparent: bool) -> str:
-    "The mode L, LA, RGB or RGBA to which a Pillow mode is converted."
-    if mode not in _MODES:
-        raise FormatError(f"pixel mode {mode!r} is not supported; convert it to 8- or 16-bit grey or RGB")
-    wanted = _MODES[mode]
-    return {"L": "LA", "RGB": "RGBA"}.get(wanted, wanted) if transparent else wanted
-
-# %% ../nbs/bench/image_files.ipynb #b112bcf1
-def _check_single(im: Any) -> None:
-    "Refuse a file of several pictures."
-    if getattr(im, "n_frames", 1) > 1 and im.format != "MPO":  # MPO: a photograph with a preview behind it
-        raise FormatError(f"holds {im.n_frames} pictures; save each to a file of its own")
-
-
-def _converted(im: Any) -> np.ndarray:
-    "(H, W) or (H, W, C) uint8 of an image that Pillow opened, upright."
-    from PIL import ImageOps
-    mode = _pillow_mode(im.mode, "transparency" in im.info)
-    if im.getexif().get(0x0112, 1) != 1:
-        im = ImageOps.exif_transpose(im)
-    return np.asarray(im if im.mode == mode else im.convert(mode))
-
-
-def _pillow_pixels(path: Path, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
-    "Decode any 8-bit file by Pillow to upright (H, W, C) uint8, and its colour profile."
-    from PIL import Image
-    with _strict_pillow(), Image.open(path, formats=("PNG", "JPEG", "TIFF", "BMP", "WEBP")) as im:
-        check_size(*im.size, max_pixels)
-        _check_single(im)
-        im.load()
-        icc = None if im.mode == "CMYK" else im.info.get("icc_profile")  # CMYK: does not describe RGB
-        array = _converted(im)
-    return array.reshape(*array.shape[:2], -1), icc
-
-# %% ../nbs/bench/image_files.ipynb #33e27c67
-def _orient(array: np.ndarray, code: int) -> np.ndarray:
-    "Apply the EXIF orientation `code` (1..8) to (H, W, C)."
-    turned = array.swapaxes(0, 1) if code >= 5 else array
-    down = -1 if code in (3, 4, 7, 8) else 1
-    right = -1 if code in (2, 3, 6, 7) else 1
-    return turned[::down, ::right]
-
-
-def _check_float(array: np.ndarray) -> np.ndarray:
-    "Float pixels as float32; refuse what is not in [0, 1]."
-    low = float(array.min())
-    high = float(array.max())
-    if not (low >= 0 and high <= 1):  # also catches NaN
-        raise FormatError(f"float values from {low:g} to {high:g} are outside [0, 1]; rescale to [0, 1]")
-    return array.astype(np.float32)
-
-# %% ../nbs/bench/image_files.ipynb #70e4ee96
-class _Pages:
-    "The chain of pages of an open TIFF: where each lies and where the next one is."
-
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.size = os.fstat(file.fileno()).st_size
-        head = file.read(4)
-        self.order = "<" if head[:1] == b"I" else ">"
-        self.big = 43 in head
-        self.count, self.offset, self.entry = ("Q", "Q", 20) if self.big else ("H", "I", 12)
-
-    def number(self, kind: str, at: int) -> int:
-        "The number of a kind (as in `struct`) at a byte."
-        width = struct.calcsize(kind)
-        if at + width > self.size:
-            raise FormatError(f"truncated, {self.size} bytes end before its list of pages; copy it again")
-        self.file.seek(at)
-        return struct.unpack(self.order + kind, self.file.read(width))[0]
-
-    def first(self) -> int:
-        "Where the first page lies."
-        return self.number(self.offset, 8 if self.big else 4)
-
-    def next(self, at: int) -> int:
-        "Where the page after the one at a byte lies; 0 at the end."
-        entries = self.number(self.count, at)
-        return self.number(self.offset, at + struct.calcsize(self.count) + self.entry * entries)
-
-
-def _check_pages(path: Path) -> None:
-    "Refuse a TIFF whose chain of pages leaves the file, returns to itself or does not end."
-    with open(path, "rb") as f:
-        pages = _Pages(f)
-        seen: set[int] = set()
-        at = pages.first()
-        while at:
-            if at in seen:
-                raise FormatError(f"damaged, its list of pages returns to byte {at}; save it again")
-            if len(seen) == MAX_PAGES:
-                raise FormatError(f"holds more than {MAX_PAGES} pages; save each to a file of its own")
-            seen.add(at)
-            at = pages.next(at)
-
-# %% ../nbs/bench/image_files.ipynb #ad805d71
-def _check_strips(page: tifffile.TiffPage) -> None:
-    "Refuse a strip or tile that unfolds to more than its pixels; other codecs than these stop by themselves."
-    import lzma
-    codecs = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}
-    start = codecs.get(int(page.compression))
-    if start is None:
-        return
-    most = math.prod(page.chunks) * page.dtype.itemsize
-    file = page.parent.filehandle
-    for offset, size in zip(page.dataoffsets, page.databytecounts):
-        file.seek(offset)
-        if len(start().decompress(file.read(size), most + 1)) > most:
-            what = f"data at byte {offset} unfold to more than {most} bytes"
-            raise FormatError(f"damaged, {what}; save it again")
-
-# %% ../nbs/bench/image_files.ipynb #6a3b6681
-def _only_page(tif: tifffile.TiffFile) -> tifffile.TiffPage:
-    "The one page that is neither a preview nor a mask."
-    pages = [p for p in tif.pages if not (p.is_reduced or p.is_mask)]
-    if len(pages) != 1:
-        raise FormatError(f"holds {len(pages)} pictures; save each to a file of its own")
-    return pages[0]
-
-
-def _check_tiff(page: tifffile.TiffPage) -> None:
-    "Refuse a TIFF of a kind that is not converted faithfully."
-    kind = page.photometric.name
-    extra = len(page.extrasamples)
-    known = page.dtype in (np.uint16, np.float32, np.float64) and kind in ("MINISBLACK", "MINISWHITE", "RGB")
-    flat = page.imagedepth == 1 and page.samplesperpixel <= 4
-    straight = extra <= 1 and 1 not in page.extrasamples  # 1: colours are multiplied by alpha
-    if not (known and flat and straight):
-        raise FormatError(f"TIFF of type {page.dtype}, {kind}, {extra} extra samples is not supported; "
-                          "save it as 16-bit grey or RGB with at most one straight alpha channel")
-
-
-def _tiff_array(page: tifffile.TiffPage) -> np.ndarray:
-    "(H, W, C) uint16 or float32 of a page, black at zero."
-    array = page.asarray()
-    if array.ndim == 2:
-        array = array[..., None]
-    elif page.axes.startswith("S"):  # planes one after the other
-        array = array.transpose(1, 2, 0)
-    if page.photometric.name == "MINISWHITE":
-        array = (65535 if array.dtype == np.uint16 else 1) - array
-    return _check_float(array) if array.dtype.kind == "f" else array
-
-
-def _tiff_pixels(path: Path, max_pixels: int) -> tuple[np.ndarray, bytes | None] | None:
-    "Decode a 16-bit or float TIFF to (H, W, C); None for the 8-bit kinds, which Pillow reads."
-    import tifffile
-    _check_pages(path)
-    with tifffile.TiffFile(path) as tif:
-        page = _only_page(tif)
-        check_size(page.imagewidth, page.imagelength, max_pixels)
-        if page.bitspersample <= 8:
-            return None
-        _check_tiff(page)
-        _check_strips(page)
-        code = page.tags[274].value if 274 in page.tags else 1
-        return _orient(_tiff_array(page), code), page.iccprofile
-
-# %% ../nbs/bench/image_files.ipynb #91c58c4c
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not the zero or restart codes in coded data
-
-
-def _segments(data: bytes) -> Iterator[int]:
-    "The codes of a JPEG's markers, up to its end; what follows is another picture, or a film."
-    at = 2
-    while found := _JPEG_MARKER.search(data, at):
-        at = found.end()
-        code = data[at - 1]
-        if code == 0xD9:
-            return
-        if code not in (0x01, 0xD8):  # all other markers head a segment of a stated length
-            at += int.from_bytes(data[at : at + 2], "big")
-        yield code
-
-
-def _check_scans(data: bytes) -> None:
-    "Refuse a JPEG of more passes than any encoder makes."
-    scans = 0
-    for code in _segments(data):
-        scans += code == 0xDA
-        if scans > MAX_SCANS:
-            raise FormatError(f"a JPEG of more than {MAX_SCANS} scans; save the picture again")
-
-# %% ../nbs/bench/image_files.ipynb #48a91738
-def _whole(path: Path, size: int, max_pixels: int) -> bytes:
-    "The bytes of a PNG or JPEG, whose size is bounded by the pixels that it may hold."
-    if size > 8 * max_pixels + MAX_PROFILE:  # four channels of 16 bits that do not compress
-        raise FormatError(f"{size} bytes are more than {max_pixels} pixels need; "
-                          "if the picture is genuine, pass a larger max_pixels")
-    return path.read_bytes()
-
-
-def _first_bytes(path: Path) -> bytes:
-    "The eight bytes that tell the kind of a file."
-    with open(path, "rb") as f:
-        head = f.read(8)
-    if not head:
-        raise FormatError("zero bytes long; copy the file again")
-    return head
-
-
-def _decode_png(path: Path, data: bytes, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
-    "Verify a PNG, and decode it here if it has 16 bits."
-    bits, code, icc = png_extras(data, max_pixels)
-    if bits == 16:
-        return _orient(png_pixels(data, max_pixels), code), icc
-    return _pillow_pixels(path, max_pixels)
-
-
-def _decode(path: Path, max_pixels: int) -> tuple[np.ndarray, bytes | None]:
-    "Choose the decoder by the first bytes of the file."
-    size = _check_file(path)
-    head = _first_bytes(path)
-    if head == b"\x89PNG\r\n\x1a\n":
-        return _decode_png(path, _whole(path, size, max_pixels), max_pixels)
-    if head[:2] == b"\xff\xd8":
-        _check_scans(_whole(path, size, max_pixels))
-    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        if found := _tiff_pixels(path, max_pixels):
-            return found
-    return _pillow_pixels(path, max_pixels)
 
 # %% ../nbs/bench/image_files.ipynb #f9a31fc2
 def read_array(
@@ -336,7 +49,7 @@ def read_array(
     "The numbers in a picture file, upright, and its colour profile; raises `ImageError`."
     path = Path(path)
     try:
-        return _decode(path, max_pixels)
+        return decode(path, max_pixels)
     except FormatError as e:
         raise ImageError(f"{path}: {e}") from e
     except FileNotFoundError as e:

@@ -484,7 +484,7 @@ def _error_maps(figure, axes, crops, truth: np.ndarray, limit: float | None) -> 
     figure.colorbar(shown, ax=list(axes), label="|error| (1/255)", fraction=0.04)
 
 # %% ../nbs/bench/images.ipynb #g0img006
-_MOVED = ("SUFFIXES MAX_PIXELS MAX_PAGES MAX_SCANS OVERSHOOT ImageError Picture printable read_array "
+_MOVED = ("SUFFIXES MAX_PIXELS OVERSHOOT ImageError Picture printable read_array "
           "read_picture replacing check_writable write_array write_picture read_image write_image "
           "image_files")
 

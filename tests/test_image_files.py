@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageFile
 
+import irnb.decoders as decoders
 import irnb.image_files as files
 import irnb.png as png
 from irnb.image_files import (ImageError, Picture, check_writable, image_files, read_array, read_image, read_picture,
@@ -442,7 +443,7 @@ def test_passes_over_a_jpeg_are_counted(tmp_path):
     comment = b"\xff\xfe" + struct.pack(">H", 2 + 500 * len(scan)) + scan * 500
     (tmp_path / "c.jpg").write_bytes(data[:2] + comment + data[2:] + scan * 1000)      # a comment; what follows the end
     np.testing.assert_array_equal(read_array(tmp_path / "c.jpg")[0], read_array(tmp_path / "a.jpg")[0])
-    assert files._check_scans(b"\xff\xd8" + b"\xff" * 2**20) is None      # linear in the size of the file
+    assert decoders._check_scans(b"\xff\xd8" + b"\xff" * 2**20) is None      # linear in the size of the file
 
 
 def test_a_file_larger_than_its_pixels_is_not_read(tmp_path):
@@ -471,7 +472,7 @@ def test_reading_in_threads_restores_pillows_switches(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 77)
     threads = [threading.Thread(target=lambda: [read_array(tmp_path / "a.jpg") for _ in range(8)]) for _ in range(4)]
     [t.start() for t in threads], [t.join() for t in threads]
-    assert Image.MAX_IMAGE_PIXELS == 77 and not files._pillow_users
+    assert Image.MAX_IMAGE_PIXELS == 77 and not decoders._pillow_users
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
