@@ -29,9 +29,11 @@ def _checked(name: str, x: Tensor, y: Tensor, data_range: float, crop_border: in
     _check_batch(name, "first", x)
     _check_batch(name, "second", y)
     if x.shape != y.shape:
-        raise ValueError(f"{name}: shapes differ, {tuple(x.shape)} and {tuple(y.shape)}")
+        both = f"{tuple(x.shape)} and {tuple(y.shape)}"
+        raise ValueError(f"{name}: shapes differ, {both}; nothing is broadcast")
     if not 0 < data_range < math.inf:
-        raise ValueError(f"{name}: data_range must be positive and finite, got {data_range}")
+        raise ValueError(f"{name}: data_range must be positive and finite, got {data_range}; "
+                         "it is 1 for [0, 1]")
     sides = tuple(x.shape[-2:])
     if crop_border != int(crop_border) or crop_border < 0 or 2 * crop_border >= min(sides):
         raise ValueError(f"{name}: crop_border must be a whole number >= 0 that leaves some of "
@@ -59,7 +61,8 @@ def _prepared(name: str, x: Tensor, data_range: float, crop_border: int,
     if not y_channel or x.shape[1] == 1:
         return x
     if x.shape[1] != 3:
-        raise ValueError(f"{name}: y_channel needs RGB or one channel, got {x.shape[1]} channels")
+        raise ValueError(f"{name}: y_channel needs RGB or one channel, got {x.shape[1]} channels; "
+                         "use y_channel=False")
     return rgb_to_y(x / data_range) * data_range
 
 # %% ../nbs/bench/metrics.ipynb #ae615d10
