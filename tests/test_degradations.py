@@ -13,9 +13,15 @@ from scipy import ndimage, signal
 from skimage import data
 
 import irnb.degradations as D
-from irnb.degradations import (BAYER, JPEG, CameraNoise, CameraShake, Choice, ColourNoise, Compose, Downsample,
-                               GaussianBlur, GaussianNoise, Haze, Hybrid, Identity, KernelBlur, LogUniform, Mosaic,
-                               MotionBlur, Rain, RawNoise, RealESRGAN, SaltPepper, Speckle, Squared, Uniform)
+from irnb.degradations import compression, sampling
+from irnb.degradations.base import Compose, Identity
+from irnb.degradations.blur import CameraShake, GaussianBlur, KernelBlur, MotionBlur
+from irnb.degradations.chains import Hybrid, RealESRGAN
+from irnb.degradations.compression import JPEG
+from irnb.degradations.noise import CameraNoise, ColourNoise, GaussianNoise, RawNoise, SaltPepper, Speckle
+from irnb.degradations.parameters import Choice, LogUniform, Squared, Uniform
+from irnb.degradations.sampling import BAYER, Downsample, Mosaic
+from irnb.degradations.weather import Haze, Rain
 
 
 def gen(seed=0):
@@ -125,7 +131,7 @@ def test_autocast_does_not_change_the_result():
 
 
 def test_cached_constants_survive_inference_mode():
-    D._resize_matrix.cache_clear(), D._jpeg_constants.cache_clear()
+    sampling.resize_matrix.cache_clear(), compression._jpeg_constants.cache_clear()
     with torch.inference_mode():
         D.jpeg(D.bicubic(torch.rand(1, 3, 36, 36), 1 / 2).clamp(0, 1), 50)
     x = torch.rand(1, 3, 36, 36, requires_grad=True)
@@ -382,7 +388,7 @@ def test_jpeg_matches_pillow_on_tiny_sizes(h, w):
 
 def test_chroma_steps_against_libjpeg_integer_formulas():
     c = torch.randint(-128, 128, (1, 2, 6, 8), generator=gen()).float()
-    got = D._double(c)
+    got = compression._double(c)
     v = np.pad(c.numpy().astype(int) + 128, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
     for i in range(12):
         for j in range(16):
@@ -393,7 +399,7 @@ def test_chroma_steps_against_libjpeg_integer_formulas():
     full = torch.randint(-128, 128, (1, 2, 16, 16), generator=gen()).float()
     v = full.numpy().astype(int) + 128
     want = (v[..., ::2, ::2] + v[..., 1::2, ::2] + v[..., ::2, 1::2] + v[..., 1::2, 1::2] + np.array([1, 2] * 4)) >> 2
-    assert (D._halve(full).numpy() + 128 == want).all()
+    assert (compression._halve(full).numpy() + 128 == want).all()
 
 
 def test_quantisation_tables_against_pillow():
@@ -463,7 +469,7 @@ def test_bicubic_against_the_definition(scale, antialias):
 
 def test_bicubic_known_values():
     # rows of MATLAB's interpolation at half size: the 8-tap half-sample filter (-3 -9 29 111 111 29 -9 -3) / 256
-    matrix = D._resize_matrix(64, 0.5, True, torch.float64, torch.device("cpu"))
+    matrix = sampling.resize_matrix(64, 0.5, True, torch.float64, torch.device("cpu"))
     taps = torch.tensor([-3, -9, 29, 111, 111, 29, -9, -3], dtype=torch.float64) / 256
     torch.testing.assert_close(matrix[16, 29:37], taps)
     assert matrix[16].count_nonzero() == 8 and torch.allclose(matrix.sum(1), torch.ones(32, dtype=torch.float64))
@@ -650,7 +656,10 @@ def test_a_cpu_generator_gives_the_same_bits_in_double():
 # ---------------------------------------------------------------- mixtures
 
 def test_one_of_gives_every_sample_its_own_kind():
-    from irnb.degradations import Compose, GaussianBlur, GaussianNoise, Identity, OneOf, Uniform
+    from irnb.degradations.base import Compose, Identity, OneOf
+    from irnb.degradations.blur import GaussianBlur
+    from irnb.degradations.noise import GaussianNoise
+    from irnb.degradations.parameters import Uniform
     mix = OneOf(Identity(), GaussianBlur(2.0), GaussianNoise(Uniform(20, 50)))
     x = torch.rand(9, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     y, chosen = mix(x, generator=torch.Generator().manual_seed(5)), mix.draw(9, generator=torch.Generator().manual_seed(5))
@@ -663,13 +672,15 @@ def test_one_of_gives_every_sample_its_own_kind():
 
 
 def test_one_of_draws_all_kinds_alike():
-    from irnb.degradations import GaussianNoise, Identity, OneOf
+    from irnb.degradations.base import Identity, OneOf
+    from irnb.degradations.noise import GaussianNoise
     counts = torch.bincount(OneOf(Identity(), GaussianNoise(5), Identity()).draw(6000, generator=torch.Generator().manual_seed(0)))
     assert len(counts) == 3 and (counts - 2000).abs().max() < 5 * 36.5   # five standard deviations of a binomial
 
 
 def test_bad_mixtures():
-    from irnb.degradations import Downsample, Identity, OneOf
+    from irnb.degradations.base import Identity, OneOf
+    from irnb.degradations.sampling import Downsample
     for kinds, message in (((), "needs one or more degradations of one scale"), ((Identity(), Downsample(2)), "of one scale"), ((Identity(), 3), "must be a Degradation, got 3")):
         with pytest.raises(ValueError, match=message):
             OneOf(*kinds)

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy import ndimage
 
-from irnb.degradations import BAYER, Mosaic, RawNoise, demosaic_bilinear, mosaic, pack_bayer, unpack_bayer
+from irnb.degradations.noise import RawNoise
+from irnb.degradations.sampling import BAYER, Mosaic, demosaic_bilinear, mosaic, pack_bayer, unpack_bayer
 from irnb.demosaic import MALVAR, _malvar_weight, bilinear, malvar, to_masked, to_plane
 from irnb.metrics import psnr
 

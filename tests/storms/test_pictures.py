@@ -9,7 +9,7 @@ import skimage.data
 import tifffile
 from PIL import Image
 
-from irnb.images import printable, read_array
+from irnb.image_files import printable, read_array
 
 ROOT = Path(__file__).resolve().parents[2]
 HANG = 10              # seconds of processor time for one picture: a loop is a loop on any machine, however busy
