@@ -60,8 +60,9 @@ def definitions(module: Module) -> dict[str, ast.stmt]:
 
 
 def members(node: ast.ClassDef) -> list[ast.stmt]:
-    "The public methods and properties of a class."
-    return [m for m in node.body if isinstance(m, Function) and not m.name.startswith("_")]
+    "The public methods and properties of a class; a setter belongs to its property."
+    setter = lambda m: any(getattr(d, "attr", "") in ("setter", "deleter") for d in m.decorator_list)
+    return [m for m in node.body if isinstance(m, Function) and not m.name.startswith("_") and not setter(m)]
 
 
 def known(every: list[Module]) -> set[str]:

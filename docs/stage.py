@@ -18,7 +18,7 @@ import nbformat
 from docs import api
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {"Ground floor": "0*", "Networks": "networks/*", "Strategies": "strategies/*", "Training and evaluation": "3*", "Results": "bench/results/*", "Explorer": "bench/explorer/*"}
+PARTS = {"Ground floor": "bench/*", "Degradations": "bench/degradations/*", "Data": "03*", "Networks": "networks/*", "Strategies": "strategies/*", "Training and evaluation": "3*", "Results": "bench/results/*", "Explorer": "bench/explorer/*"}
 PAGES = {"CONTRIBUTING.md": "contributing.md", "docs/examples.md": "examples.md", "nbs/strategies/_template.ipynb": "template_strategy.ipynb",
          "examples/colab.ipynb": "colab.ipynb"}  # besides the notebooks of nbs/
 PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp")

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from . import degradations as deg
-from .images import image_files, printable, read_image, read_picture, rgb_to_gray
+from .image_files import image_files, printable, read_image, read_picture
+from .images import rgb_to_gray
 
 # %% auto #0
 __all__ = ['PHOTOGRAPHS', 'DISPARITY', 'Groups', 'Part', 'PHOTOGRAPH_SPLIT', 'Images', 'STREAMS', 'TASKS', 'Photograph',

@@ -5,7 +5,6 @@
 # %% ../nbs/bench/images.ipynb #g0img001
 from __future__ import annotations
 
-import importlib
 import math
 import warnings
 from collections.abc import Callable
@@ -482,16 +481,3 @@ def _error_maps(figure, axes, crops, truth: np.ndarray, limit: float | None) -> 
         shown = ax.imshow(m, cmap="cividis", vmin=0, vmax=limit, interpolation="nearest")
         ax.set_title(f"mean {m.mean():.1f}", fontsize=9)
     figure.colorbar(shown, ax=list(axes), label="|error| (1/255)", fraction=0.04)
-
-# %% ../nbs/bench/images.ipynb #g0img006
-_MOVED = ("SUFFIXES MAX_PIXELS OVERSHOOT ImageError Picture printable read_array "
-          "read_picture replacing check_writable write_array write_picture read_image write_image "
-          "image_files")
-
-
-def __getattr__(name: str) -> Any:
-    "What moved to `irnb.image_files`."
-    moved = {"_to_integers": "to_integers", **{n: n for n in _MOVED.split()}}
-    if name in moved:
-        return getattr(importlib.import_module("irnb.image_files"), moved[name])
-    raise AttributeError(f"irnb.images has no {name!r}")

@@ -506,7 +506,7 @@ def read_corpus(params: Mapping[str, Any],  # from `load_params`
                 ) -> dict[str, Any]:  # train, validation, test: each a Corpus
     "The corpus in its three parts, disjoint by content and scene."
     from irnb.data import require_disjoint, scan
-    from irnb.images import image_files
+    from irnb.image_files import image_files
     section = params["corpus"]
     patterns = {part: section[part] for part in ("train", "validation", "test")}
     if (root := Path(section["directory"])).is_dir():  # a misspelt pattern is told before thousands of files are decoded
@@ -673,7 +673,7 @@ def starts(params: Mapping[str, Any],  # from `load_params`
 
 def _write(path: Path, text: str) -> None:
     "Write a text atomically; its folder is made if needed."
-    from irnb.images import replacing
+    from irnb.image_files import replacing
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(text.encode())
@@ -1036,7 +1036,7 @@ def _figures(params: Mapping[str, Any], task_name: str, rows: Sequence[Mapping[s
 
 def _store_restored(panels: Sequence[Mapping[str, Any]], task_name: str, strategies: Sequence[str], folder: Path) -> None:
     "The pictures of the gallery, whole: degraded, and restored by every strategy."
-    from irnb.images import write_image
+    from irnb.image_files import write_image
     folder.mkdir(exist_ok=True)
     for shown in panels:
         pictures = {"degraded": shown["degraded"], **{k: shown["restored"][k] for k in strategies}}
@@ -1273,7 +1273,7 @@ def _run(args: argparse.Namespace) -> int:
 # %% ../nbs/32_pipeline.ipynb #323e988c
 def _sentence(error: BaseException, args: argparse.Namespace) -> str:
     "What went wrong, on one line that a terminal can show."
-    from irnb.images import printable
+    from irnb.image_files import printable
     text = " ".join(str(error).split()) if "\n" in str(error) and not isinstance(error, (ValueError, OSError)) else str(error)
     low = text.lower()
     if isinstance(error, MemoryError) or "out of memory" in low or "can't allocate memory" in low or "cannot allocate memory" in low:

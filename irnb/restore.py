@@ -48,7 +48,7 @@ def _listed(source: Path, outdir: Path) -> list[Restored]:
     "The pictures behind one INPUT and where they go; earlier results inside a folder are not inputs."
     if not source.is_dir():
         return [Restored(source, outdir / source.name)]
-    from irnb.images import image_files
+    from irnb.image_files import image_files
     inside = _real(outdir)
     found = [p for p in image_files(source) if inside not in _real(p).parents or inside == _real(source)]
     if not found:
@@ -194,7 +194,7 @@ def _overlap(model: _Model, tile: int, overlap: int | None) -> tuple[int, int, s
 # %% ../nbs/34_restore.ipynb #03d0ec74
 def _say(text: str, stream: TextIO) -> None:
     "Print one line, with an escape for every character that `stream` cannot show or should not act on."
-    from irnb.images import printable
+    from irnb.image_files import printable
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
@@ -230,7 +230,8 @@ def _restore_array(model: _Model, array: np.ndarray, path: Path, tile: int, over
     "Restore (H, W, C) file values; alpha is copied bit for bit (repeated where the network enlarges)."
     import numpy as np
     import torch
-    from irnb.images import _to_integers, tiled
+    from irnb.image_files import _to_integers
+    from irnb.images import tiled
     bits, peak = (8, 255) if array.dtype == np.uint8 else (16, 65535 if array.dtype == np.uint16 else 1)
     colours = array.shape[2] - (array.shape[2] in (2, 4))
     values = array.view(np.int16) if array.dtype == np.uint16 else array
@@ -241,7 +242,7 @@ def _restore_array(model: _Model, array: np.ndarray, path: Path, tile: int, over
         _say(f"{path}: {note}", sys.stderr)
     y = tiled(_adapter(model, peak), x, tile=tile, overlap=shared, margin=margin, multiple=model.multiple,
               scale=model.scale, statistics=statistics, progress=progress)[0]
-    out = _to_integers(path, list(y), bits)
+    out = to_integers(path, list(y), bits)
     if colours == array.shape[2]:
         return out
     alpha = array[..., colours:]
@@ -253,7 +254,7 @@ def _restore_file(model: _Model, job: Restored, tile: int, overlap: int | None, 
                   progress: bool) -> None:
     "Read, restore and write one picture; raises on any problem, and then nothing is written."
     import numpy as np
-    from irnb.images import check_writable, read_array, write_array
+    from irnb.image_files import check_writable, read_array, write_array
     array, icc = read_array(job.source)
     check_writable(job.target, array.shape[2], 8 if array.dtype == np.uint8 else 16)  # before the work, not after it
     array = np.require(array, requirements="CW")  # what torch takes without a copy
@@ -277,7 +278,7 @@ def _check_settings(tile: int, overlap: int | None, statistics: str, overwrite: 
 
 def _reason(job: Restored, error: Exception) -> str:
     "One sentence with the file and a remedy."
-    from irnb.images import ImageError
+    from irnb.image_files import ImageError
     if isinstance(error, ImageError):
         return str(error)
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error):

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .images import replacing
+from .image_files import replacing
+from .networks import _public_names
 from .strategies.strategy import Frozen, Strategy, follow_tensors, mix_seed, tensors_of
 
 # %% auto #0
@@ -493,16 +494,30 @@ def _running(tree: ast.AST) -> Iterator[ast.AST]:
 
 @functools.lru_cache(maxsize=1024)
 def _imported_names(source: str, module: str, package: bool) -> frozenset[str]:
-    "What a source imports anywhere: modules, and names that may be modules."
-    found, parts = set(), module.split(".")
-    for node in _running(ast.parse(source)):
+    "What a source imports anywhere: modules, names that may be modules, and names looked up in them."
+    found, local, parts = set(), {}, module.split(".")
+    nodes = list(_running(ast.parse(source)))
+    for node in nodes:
         if isinstance(node, ast.ImportFrom):
             base = parts[:len(parts) - node.level + package] if node.level else []
             target = ".".join(base + ([node.module] if node.module else []))
-            found |= {target} | {f"{target}.{alias.name}" for alias in node.names}
+            found.add(target)
+            local |= {alias.asname or alias.name: f"{target}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return frozenset(found)
+            local |= {alias.asname: alias.name for alias in node.names if alias.asname}
+    used = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+    looked_up = {f"{local[n.value.id]}.{n.attr}" for n in used if n.value.id in local}
+    return frozenset(found | set(local.values()) | looked_up)
+
+
+def _on_demand(name: str) -> set[str]:
+    "The module behind a name that one of irnb's packages offers on demand, such as `irnb.degradations.Haze`."
+    package, _, last = name.rpartition(".")
+    file = _module_file(package)
+    if not package.startswith("irnb.") or not file or file.name != "__init__.py":
+        return set()
+    return {f"{package}.{module}" for module in _public_names(package).get(last, ())}
 
 
 def imported_modules(source: str,  # Python source
@@ -512,7 +527,9 @@ def imported_modules(source: str,  # Python source
     "Modules of the same top package, or not installed, that a source imports anywhere, inside functions too."
     found, first = _imported_names(source, module, package), module.split(".")[0]
     own = {top for top in {m.split(".")[0] for m in found} if top and (top == first or not _installed(top))}
-    return {m for m in found if m.split(".")[0] in own and _module_file(m)}
+    here = {m for m in found if m.split(".")[0] in own}
+    modules = {m for m in here if _module_file(m)}
+    return modules.union(*(_on_demand(m) for m in here - modules))
 
 
 def module_closure(modules: Iterable[str],  # dotted names

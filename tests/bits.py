@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from irnb.degradations import GaussianNoise
+from irnb.degradations.noise import GaussianNoise
 from irnb.networks import build
 from irnb.networks.general import ConStyleEncoder
 from irnb.strategies import (CR, DANN, DIL, RCL, SPN, ConStylePretraining, FineTune, IRConStyle, LowFrequency, Neighbor2Neighbor, Noise2Noise, Noise2Self, Noise2Void, NoiseDA,

@@ -14,7 +14,7 @@ import torch
 
 from irnb import pipeline
 from irnb.data import Benchmark, benchmark
-from irnb.images import replacing
+from irnb.image_files import replacing
 from irnb.metrics import psnr
 from irnb.networks import load_model
 from irnb.strategies.constyle import FixedCode, default_statistics

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from irnb import pipeline
-from irnb.images import replacing
+from irnb.image_files import replacing
 from tests.notebooks import ROOT
 
 GRID = {"sf": (3e-3, 1e-2, 3e-2, 1e-1), "pf": (3e-3, 1e-2, 3e-2, 1e-1), "ps": (3e-3, 1e-2, 3e-2), "ss": (3e-3, 1e-2, 3e-2), "ps_mse": (3e-2, 1e-1, 3e-1), "sf_adam": (1e-4, 3e-4, 1e-3)}

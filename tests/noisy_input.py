@@ -14,10 +14,10 @@ SIGMAS = (15, 25, 50)
 def rows_of(directory: Path) -> list[dict]:
     "Tidy rows of the identity on every picture of a directory."
     from irnb.data import Example, degrade_once, scan
-    from irnb.degradations import GaussianNoise
+    from irnb.degradations.noise import GaussianNoise
     from irnb.results.baselines import identity
     from irnb.results.measure import evaluate
-    from irnb.images import read_image
+    from irnb.image_files import read_image
     corpus = scan(directory, min_side=11)
     items = (Example(item.name, f"sigma_{s}", False, degrade_once(clean, GaussianNoise(s), image=item.name, setting=f"sigma_{s}")[None], clean[None])
              for item in corpus for clean in [read_image(item.path)] for s in SIGMAS)

@@ -11,8 +11,8 @@ SKIP = re.compile(r"^#\|\s*(notest|slow|gpu)\b", re.MULTILINE)
 
 
 # The rooms of nbs/bench in reading order, each with its notebooks; a new one goes to the end of its room.
-BENCH = {"images": [], "image_files": [], "metrics": [], "demosaic": [],
-         "degradations": ["index", "base", "noise", "blur", "jpeg", "weather", "chains"],
+BENCH = {"images": [], "png": [], "decoders": [], "image_files": [], "metrics": [],
+         "degradations": ["index", "parameters", "base", "sampling", "blur", "noise", "compression", "weather", "chains"], "demosaic": [],
          "results": ["index", "table", "folder", "measure", "baselines", "statistics", "comparison", "figures"],
          "explorer": ["index", "pictures", "dials", "darkroom", "state", "figure", "cells", "widgets", "view", "curves", "watching"]}
 

@@ -12,7 +12,7 @@ import torch
 
 from irnb import pipeline
 from irnb.data import Benchmark
-from irnb.images import replacing
+from irnb.image_files import replacing
 from irnb.metrics import psnr
 from irnb.networks import load_model
 

@@ -978,7 +978,8 @@ def test_told_psnr_of_a_plain_conditioned_network():
 
 @pytest.mark.parametrize("options", [{}, {"pretext": "label", "classes": 5}, {"pretext": "kind", "views": "independent", "crop": 16}, {"preset": "official", "crop": 16}], ids=str)
 def test_pretraining_is_a_strategy(options):
-    from irnb.degradations import GaussianBlur, GaussianNoise
+    from irnb.degradations.blur import GaussianBlur
+    from irnb.degradations.noise import GaussianNoise
     kinds = [GaussianNoise(30), GaussianBlur(2.0), GaussianNoise(5)]
     first, second = (ConStylePretraining(awake(ConStyleEncoder(**SMALL)), kinds, queue_size=16, **options) for _ in range(2))
     data = [{"clean": toy_batch(8, 24, seed=i)["clean"], "label": torch.arange(8) % 5} for i in range(4)]
@@ -999,7 +1000,8 @@ def test_pretraining_is_a_strategy(options):
 
 def test_pretraining_by_default_is_the_chain_of_real_esrgan_and_the_classifier_ends():
     assert [(d.order, d.scale) for d in ConStylePretraining(ConStyleEncoder(**SMALL), queue_size=8).degradations] == [(2, 1)]
-    from irnb.degradations import JPEG, RealESRGAN
+    from irnb.degradations.chains import RealESRGAN
+    from irnb.degradations.compression import JPEG
     strategy = ConStylePretraining(ConStyleEncoder(**SMALL), [RealESRGAN(order=2, scale=1), JPEG(20)], queue_size=8, pretext="kind", class_steps=1)
     data = {"clean": toy_batch(4, 32)["clean"]}
     _loop(strategy, [data])

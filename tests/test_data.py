@@ -764,7 +764,7 @@ def test_haze_follows_a_known_depth_and_says_so(corpus, tmp_path):
 
 
 def test_own_depth_files(tmp_path):
-    from irnb.images import write_image
+    from irnb.image_files import write_image
     write_image(tmp_path / "a.png", torch.rand(3, 70, 80))
     depth = np.linspace(1, 5, 70 * 80, dtype=np.float64).reshape(70, 80)
     depth[0, :3] = np.nan
@@ -781,7 +781,7 @@ def test_own_depth_files(tmp_path):
     ({"a_real": 8}, {}, "'a_real' has no ground truth 'a_mean'"), ({"a": 8}, {}, "no picture matches"),
     ({"a_real": 8, "a_mean": 8}, {"degraded": "*_re*l"}, "one star each"), ({"a_real": 8, "a_mean": 8}, {"pick": ["b*"]}, "no picture matches")])
 def test_bad_pairs(tmp_path, files, options, message):
-    from irnb.images import write_image
+    from irnb.image_files import write_image
     for name, side in files.items():
         write_image(tmp_path / f"{name}.png", torch.rand(3, side, side))
     with pytest.raises(ValueError, match=message):
@@ -789,7 +789,7 @@ def test_bad_pairs(tmp_path, files, options, message):
 
 
 def test_a_pair_has_one_size_and_a_name_of_its_own(corpus, tmp_path):
-    from irnb.images import write_image
+    from irnb.image_files import write_image
     write_image(tmp_path / "a_real.png", torch.rand(3, 70, 70)), write_image(tmp_path / "a_mean.png", torch.rand(3, 72, 70))
     with pytest.raises(ValueError, match="a pair must show the same scene at the same size"):
         data.benchmark(corpus.subset(["coins"]), "denoise", tmp_path / "b", pairs=data.picture_pairs(tmp_path))
@@ -799,7 +799,7 @@ def test_a_pair_has_one_size_and_a_name_of_its_own(corpus, tmp_path):
 
 
 def test_scan_opens_only_what_is_picked(tmp_path, monkeypatch):
-    from irnb.images import write_image
+    from irnb.image_files import write_image
     for name in ("x_real", "x_mean", "y_real"):
         write_image(tmp_path / f"{name}.png", torch.rand(3, 70, 70))
     opened = []
@@ -813,7 +813,7 @@ def test_scan_opens_only_what_is_picked(tmp_path, monkeypatch):
 
 def test_real_pictures_among_the_pairs_are_refused(tmp_path):
     import shutil
-    from irnb.images import write_image
+    from irnb.image_files import write_image
     for folder, name, seed in (("clean", "a", 0), ("clean", "b", 1), ("phone", "c", 2)):
         (tmp_path / folder).mkdir(exist_ok=True)
         write_image(tmp_path / folder / f"{name}.png", torch.rand(3, 70, 70, generator=torch.Generator().manual_seed(seed)))
@@ -851,7 +851,7 @@ def noisy(corpus, tmp_path_factory):
 
 
 def test_a_picture_is_made_noisy_once_and_not_clipped(corpus, noisy):
-    from irnb.images import read_image
+    from irnb.image_files import read_image
     whole = data.degrade_once(read_image(corpus["chelsea"].path), deg.RawNoise(), image="chelsea", setting="noisy")
     patches = noisy[0]
     tiles = [i for i in range(len(patches)) if patches.sources[patches.source[i]] == "chelsea"]

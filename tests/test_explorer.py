@@ -31,7 +31,7 @@ from irnb.explorer.state import Explorer
 from irnb.explorer.view import explore, map_buttons
 from irnb.explorer.watching import TrainingView, watch
 from irnb.explorer.widgets import control
-from irnb.images import ImageError, write_image
+from irnb.image_files import ImageError, write_image
 from irnb.networks import build, save_model
 from tests.notebooks import ROOT
 

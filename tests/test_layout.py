@@ -13,7 +13,7 @@ import pytest
 
 from tests.notebooks import ROOT
 
-FLOORS = [{"images"}, {"degradations", "metrics", "networks"}, {"demosaic"}, {"data"}, {"strategies"}, {"training", "results"},
+FLOORS = [{"images", "png"}, {"decoders"}, {"image_files"}, {"degradations", "metrics", "networks"}, {"demosaic"}, {"data"}, {"strategies"}, {"training", "results"},
           {"restore", "pipeline", "explorer"}]
 MODULES = sorted(p for p in (ROOT / "irnb").rglob("*.py") if p.name != "_modidx.py" and p.parent != ROOT / "irnb" or p.name not in ("__init__.py", "_modidx.py"))
 # What a user of the library must not inherit from the notebooks and the pipeline.
@@ -86,7 +86,7 @@ def test_lock_pins_every_requirement():
     assert names <= pinned, names - pinned
 
 
-@pytest.mark.parametrize("package", ["irnb.networks", "irnb.strategies", "irnb.results", "irnb.explorer"])
+@pytest.mark.parametrize("package", ["irnb.networks", "irnb.strategies", "irnb.degradations", "irnb.results", "irnb.explorer"])
 def test_public_names_of_a_package_are_unique(package):
     "A name that two modules define could not be imported from their package."
     from irnb.networks import _public_names

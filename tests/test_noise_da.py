@@ -10,7 +10,10 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
-from irnb.degradations import CameraNoise, GaussianNoise, Uniform, bicubic, gaussian_blur
+from irnb.degradations.blur import gaussian_blur
+from irnb.degradations.noise import CameraNoise, GaussianNoise
+from irnb.degradations.parameters import Uniform
+from irnb.degradations.sampling import bicubic
 from irnb.strategies.diffusion import LinearGammaSchedule, pick_denoiser
 from irnb.data import Example
 from irnb.results.baselines import GlobalBlur, ScaledResidual, post_controls
@@ -922,7 +925,7 @@ def test_unknown_noises_are_refused(bad):
 def test_training_reads_the_real_patches_and_never_their_ground_truth(tmp_path, monkeypatch):
     import builtins
     from irnb.data import Loader, PatchSet, real_pictures, scan, task, write_patches
-    from irnb.images import write_image
+    from irnb.image_files import write_image
     g = gen()
     for folder in ("pairs", "truth"):
         for i in range(2):

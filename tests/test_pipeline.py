@@ -75,7 +75,7 @@ def test_repro_ends_with_table_figures_and_pictures(clone):
     assert len(of("denoise")) == ((3 + 2 * len(trained)) * 7 + 2 * 2 * 3) * 2 * 2  # untrained and two seeds each, by settings; images; metrics
     assert {r["strategy"] for r in of("camera")} == {"degraded", "non_local_means", "wavelet", "supervised", "noise_da"} | tuned and len(of("camera")) == ((3 + 2 * 2) * 4 + 2 * 2 * 1) * 2 * 2
     assert (results / "label_efficiency.csv").read_text().splitlines()[0] == "task,strategy,labelled,seed,psnr" and len((results / "label_efficiency.csv").read_text().splitlines()) == 5
-    from irnb.images import read_image
+    from irnb.image_files import read_image
     pictures = sorted((results / "restored").glob("*.png"))
     assert len(pictures) == 2 * (1 + len(trained)) + 2 * (1 + 2) and all(read_image(p).shape == (3, 64, 64) for p in pictures)
     metrics = json.loads((results / "metrics.json").read_text())
@@ -234,7 +234,7 @@ def missing_deps(stage: dict, function: str) -> list[str]:
     deps = stage.get("deps", [])
     closure = module_closure(sorted(stage_imports(function) - {"irnb.pipeline", "irnb"}))
     files = {str(f.resolve().relative_to(ROOT)) for f in closure.values() if f.name != "__init__.py" or f.parent.name != "irnb"} | {"irnb/pipeline.py"}
-    return sorted(f for f in files if f not in deps and "irnb" not in deps)
+    return sorted(f for f in files if not {f, *(p.as_posix() for p in Path(f).parents)} & set(deps))
 
 
 STAGES = {"photographs": "photographs", "synthesize": "synthesize", "sources": "sources", "pretrain": "pretrain_run", "starts": "starts",
@@ -259,6 +259,11 @@ def test_imports_are_followed_through_functions_and_relative_forms():
     source = "from .images import show\ndef f():\n    from irnb import metrics\n    import irnb.data\n"
     assert imported_modules(source, "irnb.restore") == {"irnb.images", "irnb", "irnb.metrics", "irnb.data"}
     assert "irnb.metrics" in module_closure(["irnb.results.measure"])
+
+
+@pytest.mark.parametrize("source", ["from irnb.degradations import Haze", "from irnb import degradations as deg\ndeg.Haze()", "import irnb.degradations as deg\nx = deg.Haze"])
+def test_names_on_demand_are_followed_to_their_module(source):
+    assert imported_modules(source, "irnb.data") - {"irnb"} == {"irnb.degradations", "irnb.degradations.weather"}
 
 
 def test_sources_change_with_the_strategy_and_not_with_its_neighbour(tmp_path, monkeypatch):
@@ -387,7 +392,7 @@ def test_wrong_usage_exits_with_two(capsys):
 
 def picture(path, size=(96, 96), seed=0):
     import torch
-    from irnb.images import write_image
+    from irnb.image_files import write_image
     path.parent.mkdir(parents=True, exist_ok=True)
     write_image(path, torch.rand(3, *size, generator=torch.Generator().manual_seed(seed)))
 
@@ -518,7 +523,7 @@ def test_shared_real_pictures_can_be_allowed(here):
 def test_pairs_of_files_become_the_unseen_setting_real(here):
     import torch
     from irnb.data import Benchmark
-    from irnb.images import read_image
+    from irnb.image_files import read_image
     real_folder(here)
     change(here / "params.yaml", corpus=load_params(here / "params.yaml")["corpus"] | {"pairs": {"directory": "phone", "pictures": ["scene[02]"]}}, benchmark={"crop": None, "seed": 0})
     assert main(["synthesize"]) == 0
@@ -668,7 +673,7 @@ def noisy_folder(here, **noisy):
 def test_own_noisy_pictures_of_any_size_and_depth_are_used_as_they_are(here, capsys):
     import torch
     from irnb.data import PatchSet
-    from irnb.images import read_image
+    from irnb.image_files import read_image
     noisy_folder(here)
     with pytest.warns(UserWarning, match="d_broken"):
         assert main(["synthesize"]) == 0

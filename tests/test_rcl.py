@@ -10,9 +10,11 @@ from hypothesis import given, settings, strategies as st
 from scipy import ndimage, stats
 from torch import nn
 
-from irnb.degradations import BAYER, Mosaic, RawNoise, demosaic_bilinear, gaussian_blur, mosaic, raw_noise
+from irnb.degradations.blur import gaussian_blur
+from irnb.degradations.noise import RawNoise, raw_noise
+from irnb.degradations.sampling import BAYER, Mosaic, demosaic_bilinear, mosaic
 from irnb.data import NoisyLoader, few_pictures, noisy_pictures, scan, write_patches
-from irnb.images import write_image
+from irnb.image_files import write_image
 from irnb.networks import build
 from irnb.strategies.rcl import (RCL, FineTune, _blur_matrix, agreement, chosen_parameters, crop_pairs, crop_side, emd_matrix, excess, label_efficiency, layers_by_use,
                                  low_frequency_distance, nt_xent, partner_hits, rcl_cost, read_label_efficiency, residual, transfer)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import irnb.images as images
-from irnb.images import pad_to_multiple, read_array, rgb_to_gray, write_array
+from irnb.image_files import read_array, write_array
+from irnb.images import pad_to_multiple, rgb_to_gray
 from irnb.networks import build, load_model, save_model
 from irnb.restore import RestoreError, main, restore_files
 from tests.notebooks import ROOT

@@ -64,7 +64,7 @@ def test_identity_and_the_untrained_rows():
     up = untrained(4)
     assert list(up) == ["degraded"]
     y = up["degraded"](x)
-    from irnb.degradations import bicubic
+    from irnb.degradations.sampling import bicubic
     assert torch.equal(y, bicubic(x, 4).clamp(0, 1)) and y.shape == (1, 3, 32, 36)
 
 

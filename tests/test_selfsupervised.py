@@ -15,7 +15,7 @@ from irnb.strategies.rcl import RCL, crop_pairs, low_frequency_distance, nt_xent
 from irnb.strategies.selfsupervised import (LowFrequency, Neighbor2Neighbor, Noise2Noise, Noise2Self, Noise2Void, SimCLR, at_spots, blind_spots, changed_views, cross_mean,
                                             grid_masked, j_invariant, masked_mse, neighbour_cells, pooled_features, random_neighbours, sub_sampled)
 from irnb.strategies.strategy import ToyNet, _loop, contract, toy_batch
-from irnb.degradations import gaussian_blur
+from irnb.degradations.blur import gaussian_blur
 from tests.test_rcl import Fixed, NoisyOnly, noisy_batch
 
 ALL = {"n2n": Noise2Noise, "noisier": lambda net, **o: Noise2Noise(net, extra=20, **o), "n2v": Noise2Void, "n2s": Noise2Self, "nb2nb": Neighbor2Neighbor, "simclr": SimCLR,

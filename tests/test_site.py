@@ -119,7 +119,7 @@ def settled(b) -> bool:
 @slow
 def test_pages_in_a_browser(site, tmp_path):
     "Formulas, width, console and what is loaded, on a desktop and on a phone; the pictures stay in the temporary folder to be looked at."
-    names = {"index": 0, "strategies/22_noise_da": 20, "strategies/21_dil": 20, "00_images": 0, "api/irnb.strategies.strategy": 0}
+    names = {"index": 0, "strategies/22_noise_da": 20, "strategies/21_dil": 20, "bench/images": 0, "api/irnb.strategies.strategy": 0}
     with serve(site) as address, browser() as b:
         for size in (DESKTOP, PHONE):
             b.resize(size)
@@ -140,7 +140,7 @@ def test_pages_in_a_browser(site, tmp_path):
 def test_search_finds_without_a_network(site, tmp_path):
     with serve(site) as address, browser() as b:
         for start in (address, site.as_uri()):  # from the disk too: not even a server (but no excerpts: browsers fetch nothing there)
-            for word, page in (("koschmieder", "irnb.degradations"), ("counterfactual", "21_dil")):
+            for word, page in (("koschmieder", "irnb.degradations.weather"), ("counterfactual", "21_dil")):
                 b.get(f"{start}/search.html?q={word}")
                 hits = b.wait("#search-results .search a")
                 assert any(page in (h.get_attribute("href") or "") for h in hits), [h.get_attribute("href") for h in hits]
@@ -169,7 +169,7 @@ def test_dead_ends_are_found(tmp_path):
 
 @pytest.mark.parametrize("text, full", [
     ("DIL", "irnb.strategies.dil.DIL"), ("irnb.strategies.DIL", "irnb.strategies.dil.DIL"), ("irnb.images", "irnb.images"),
-    ("read_picture(path)", "irnb.images.read_picture"), ("Strategy.after_step", "irnb.strategies.strategy.Strategy.after_step"),
+    ("read_picture(path)", "irnb.image_files.read_picture"), ("Strategy.after_step", "irnb.strategies.strategy.Strategy.after_step"),
     ("psnr(x, y)", "irnb.metrics.psnr"), ("psnr", None), ("nothing_of_ours", None), ("x + DIL", None), ("irnb.nowhere", None), ("gaussian_noise", None)])
 def test_names_are_found(names, text, full):
     assert names.find(text) == full

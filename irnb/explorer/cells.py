@@ -19,7 +19,7 @@ from ..results.statistics import gains, paired_differences
 from ..results.table import Row, read_table
 from .pictures import ExplorerError, to_pixels
 from .state import Explorer
-from ..images import read_image
+from ..image_files import read_image
 
 # %% auto #0
 __all__ = ['experiments', 'ResultMap', 'result_map', 'open_cell']

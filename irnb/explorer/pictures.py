@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..data import PHOTOGRAPHS
-from ..images import ImageError, image_files, read_image
+from ..image_files import ImageError, image_files, read_image
 
 # %% auto #0
 __all__ = ['MIN_SIDE', 'Box', 'ROWS', 'ExplorerError', 'photograph_files', 'picture_files', 'open_picture', 'read_upload',

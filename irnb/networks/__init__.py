@@ -266,7 +266,7 @@ def _check_form(spec: dict, path: Path) -> None:
 
 def _short(text: str, most: int = 300) -> str:
     "A text in one line that fits into a message."
-    from irnb.images import printable
+    from irnb.image_files import printable
     return printable(text if len(text) <= most else text[:most] + "...")
 
 def _assemble(spec: dict, path: Path) -> nn.Module:
@@ -374,7 +374,7 @@ def _check_size(module: nn.Module, path: Path) -> None:
 # %% ../../nbs/networks/10_networks.ipynb #adde7173
 def _write_whole(path: Path, content: bytes) -> None:
     "Write a file atomically; on failure nothing is left behind and the error names the file."
-    from irnb.images import replacing
+    from irnb.image_files import replacing
     with replacing(path) as file: file.write(content)
 
 # %% ../../nbs/networks/10_networks.ipynb #9864bc89

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..degradations import bicubic, gaussian_blur
+from ..degradations.blur import gaussian_blur
+from ..degradations.sampling import bicubic
 from ..metrics import psnr
 from .measure import Restorer, as_example, device_of, evaluating, restored_item
 

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..images import replacing
+from ..image_files import replacing
 from ..metrics import psnr
 from .statistics import Interval, bootstrap, differences_of, gain_columns, gains
 from .table import MARK_NOTE, MEANS, Cells, Row, look_up, marked_name, matrix, select_cells

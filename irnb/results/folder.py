@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..images import replacing
+from ..image_files import replacing
 from .table import Row, TableError, check_rows, read_table, write_table
 
 # %% auto #0

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..images import replacing
+from ..image_files import replacing
 
 # %% auto #0
 __all__ = ['COLUMNS', 'MEANS', 'RESERVED', 'Row', 'Pair', 'Cell', 'Cells', 'MARK', 'MARK_NOTE', 'TableError', 'check_rows',

@@ -943,7 +943,7 @@ class ConStylePretraining(Strategy):
         super().__init__(net, seed=seed)
         if pretext not in (None, "label", "kind") or views not in ("aligned", "independent") or views == "independent" and crop is None:
             raise ValueError(f"ConStylePretraining: pretext is 'label', 'kind' or null, views 'aligned' or 'independent' (with crop), got {pretext!r}, {views!r}, crop {crop!r}")
-        from irnb.degradations import RealESRGAN
+        from irnb.degradations.chains import RealESRGAN
         self.degradations, self.views, self.crop = tuple(degradations or (RealESRGAN(order=2, scale=1),)), views, crop
         options = _settled(preset, {"queue_size": queue_size, "momentum": momentum})
         self.objective, self.pretext, self.class_steps = ConStyleLoss(**_loss_weights(weights), gram=options["gram"]), pretext, class_steps

@@ -283,7 +283,7 @@ def write_vgg_features(source: str | os.PathLike,  # torchvision's file
                        ) -> Path:
     "Write the convolutions of a VGG file alone, under torchvision's keys; raises VGGFileError."
     from safetensors.torch import save
-    from irnb.images import replacing
+    from irnb.image_files import replacing
     source, target = Path(source), Path(target)
     _verify(source, verify)
     weights, layers = _vgg_weights(source, arch), trunk_layers(VGG_BLOCKS[arch])
@@ -384,7 +384,7 @@ class SelfTrained(TrunkFeatures):
     def save(self, path: str | os.PathLike) -> None:
         "Write weights, seed and hash as safetensors, atomically."
         from safetensors.torch import save
-        from irnb.images import replacing
+        from irnb.image_files import replacing
         note = json.dumps({**self.provenance, "sha256": self.digest()}, sort_keys=True)
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.features.state_dict().items()}
         with replacing(Path(path)) as file:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..degradations import Degradation, bicubic, gaussian_blur
+from ..degradations.base import Degradation
+from ..degradations.blur import gaussian_blur
+from ..degradations.sampling import bicubic
 from ..images import pad_to_multiple, tiled
 from ..metrics import laplacian_energy
 from .diffusion import LinearGammaSchedule, noise_level, pick_denoiser, predict_noise

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..degradations import demosaic_bilinear, mosaic, pack_bayer
+from ..degradations.sampling import demosaic_bilinear, mosaic, pack_bayer
 from .strategy import Strategy, Supervised, checked_number, pixel_loss
 
 # %% auto #0

@@ -6,7 +6,7 @@ import numpy as np
 import skimage.data
 import torch
 
-from irnb.images import write_array
+from irnb.image_files import write_array
 from irnb.networks import build, save_model
 
 BOUND_GIB = 1.5

@@ -128,7 +128,7 @@ def outcome(here, capsys, place, change, text):
 def here(tmp_path, monkeypatch):
     "A working folder with four small pictures and a report's summary."
     import torch
-    from irnb.images import write_image
+    from irnb.image_files import write_image
     monkeypatch.chdir(tmp_path)
     for i, name in enumerate(("train/0", "train/1", "train/2", "val/3", "test/4")):
         (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
