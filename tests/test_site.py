@@ -78,9 +78,11 @@ def pages(site):
 def test_every_notebook_and_module_has_its_page(site, pages):
     assert {stage.staged(p).with_suffix(".html").as_posix() for p in notebooks()} <= set(pages)
     assert {f"api/{m.name}.html" for m in api.modules(ROOT)} <= set(pages)
-    for module in api.modules(ROOT):
-        missing = {f"{module.name}.{n}" for n in module.public} - pages[f"api/{module.name}.html"].ids
-        assert not missing, missing
+    anchors = set().union(*(pages[f"api/{m.name}.html"].ids for m in api.modules(ROOT)))
+    for module in api.modules(ROOT):   # what a package offers on demand stands on the page of the module behind it
+        missing = [n for n in module.public if f"{module.name}.{n}" not in pages[f"api/{module.name}.html"].ids
+                   and not any(re.fullmatch(rf"{re.escape(module.name)}\.\w+\.{n}", a) for a in anchors)]
+        assert not missing, (module.name, missing)
 
 
 @slow
