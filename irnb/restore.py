@@ -230,7 +230,7 @@ def _restore_array(model: _Model, array: np.ndarray, path: Path, tile: int, over
     "Restore (H, W, C) file values; alpha is copied bit for bit (repeated where the network enlarges)."
     import numpy as np
     import torch
-    from irnb.image_files import _to_integers
+    from irnb.image_files import to_integers
     from irnb.images import tiled
     bits, peak = (8, 255) if array.dtype == np.uint8 else (16, 65535 if array.dtype == np.uint16 else 1)
     colours = array.shape[2] - (array.shape[2] in (2, 4))
