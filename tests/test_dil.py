@@ -1086,3 +1086,9 @@ def test_the_extra_state_is_a_tensor_and_old_dictionaries_load(options):
         strategy._calls = 0
     with pytest.raises(ValueError, match="counters"):
         strategy.set_extra_state(torch.zeros(2))
+
+
+@pytest.mark.parametrize("count", [0, -3, 10**12])
+def test_a_number_of_paired_types_is_bounded(count):
+    with pytest.raises(ValueError, match="paired types"):
+        DIL(ToyNet(), count)

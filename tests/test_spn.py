@@ -856,3 +856,9 @@ def test_strategies_are_found_by_name():
     import irnb.strategies
     assert irnb.strategies.SPN is SPN and irnb.strategies.CR is CR and issubclass(SPN, Strategy) and not isinstance(SPN, Frozen)
     assert [s["interval"] for s in RELEASED_NEGATIVES] == [100, 200, 500, 1000]
+
+
+@pytest.mark.parametrize("schedule", [0, -1, "1000"])
+def test_a_schedule_is_a_number_of_steps(schedule):
+    with pytest.raises(ValueError, match="schedule"):
+        SPN(ToyNet(), extractor="random", negatives=[{"interval": .5}], schedule=schedule)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .. import degradations as deg
-from .strategy import Strategy, mix_seed, pick_loss, pixel_loss, surrogate
+from .strategy import checked_number, Strategy, mix_seed, pick_loss, pixel_loss, surrogate
 
 # %% auto #0
 __all__ = ['PRESETS', 'Term', 'HVP', 'VARIANTS', 'RELEASED', 'Confounder', 'ConfounderBatch', 'ConfounderSet', 'PairedTypes',
@@ -210,7 +210,8 @@ def pick_confounders(what: Any,  # a set, degradations, a task's name, a name of
     if isinstance(what, str) and what in TASKS:
         return task_confounders(what)
     if isinstance(what, int) and not isinstance(what, bool):
-        return PairedTypes([f"type_{i}" for i in range(what)])
+        count = checked_number("confounders: a number of paired types", what, 1, "1 to 1000", high=1000)
+        return PairedTypes([f"type_{i}" for i in range(count)])
     name, given = next(iter(what.items())) if isinstance(what, Mapping) and len(what) == 1 else (what, {})
     if isinstance(name, str):
         preset = PRESETS.get(name)

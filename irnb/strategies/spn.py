@@ -46,7 +46,7 @@ class NegativeSpec:
         "The interval in steps; raises ValueError for a fraction without a schedule."
         if self.interval is None or self.interval >= 1:
             return self.interval if self.interval is None else int(self.interval)
-        if not schedule:
+        if schedule is None:
             raise ValueError(f"NegativeSpec: interval {self.interval} is a fraction of the schedule; pass schedule=<steps of the training>, the same number as train.steps")
         return max(1, round(self.interval * schedule))
 
@@ -155,6 +155,8 @@ class LatencyModels(nn.Module):
         super().__init__()
         specs, target = as_negatives(specs), unwrap(target)
         _check_latency(specs, init, buffers, pairing, storage_dtype, states)
+        if schedule is not None:
+            checked_number("SPN: schedule", schedule, 1, "the steps of the whole training, >= 1")
         intervals = [spec.steps(schedule) for spec in specs]
         self.intervals = intervals[::-1] if pairing == "reversed" else intervals
         self.decays, self.policy, self.output = [spec.decay for spec in specs], buffers, output
