@@ -1,6 +1,5 @@
 """DIL: closed forms on quadratics, properties on networks, degeneracies, state preservation, confounder sets, bad input."""
 import copy
-import functools
 import math
 import warnings
 from itertools import permutations
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from irnb import degradations as deg
 from irnb.networks import build
 from irnb.strategies import dil
-from irnb.strategies.dil import (DIL, PRESETS, RELEASED, VARIANTS, ConfounderBatch, ConfounderSet, InnerAdam, dataset_types, dil_direction,
+from irnb.strategies.dil import (DIL, PRESETS, RELEASED, VARIANTS, ConfounderBatch, ConfounderSet, dataset_types, dil_direction,
                                  gaussian_blur, gaussian_noise, hybrid, pick_confounders, rain_families, real_esrgan, released_order, task_confounders)
 from irnb.strategies.strategy import Supervised, ToyNet, charbonnier, contract, l1, mse, toy_batch
 

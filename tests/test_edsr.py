@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from torch import nn
 from irnb.networks import EDSR, ModelError, UpscaleFirst, build, count_parameters, load_model, networks, save_model
 from irnb.networks.edsr import DIV2K_MEAN, EDSRBlock, mean_colour, shuffle_upsampler
 from tests.nets import awake

@@ -121,6 +121,16 @@ def test_public_names_are_documented_and_typed(obj):
         assert not untyped, f"{f.__qualname__}: no type for {untyped}"
 
 
+def test_no_name_is_undefined_or_unused(tmp_path):
+    pytest.importorskip("ruff")
+    check = lambda *paths: subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--config", ROOT / "pyproject.toml", *paths], cwd=ROOT, capture_output=True, text=True)
+    found = check(".")
+    assert found.returncode == 0, found.stdout
+    (tmp_path / "wrong.py").write_text("import os\nprint(undefined)\n")
+    wrong = check(tmp_path / "wrong.py")
+    assert wrong.returncode == 1 and "F401" in wrong.stdout and "F821" in wrong.stdout
+
+
 def test_functions_are_small():
     lengths = {}
     for path in MODULES:

@@ -87,7 +87,7 @@ def test_grids_are_cut_row_by_row(b, rows, columns, grid, c):
 
 def slow_mix(layer, x):
     "Position by position: partners are the pixels of the block, or those at the same place of every cell."
-    n, (b, h, w, c) = layer.size, x.shape
+    n, (h, w) = layer.size, x.shape[1:3]
     y = torch.zeros_like(x)
     for i, j in itertools.product(range(h), range(w)):
         if layer.grid:

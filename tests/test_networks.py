@@ -1,15 +1,13 @@
 """Networks: names, counts, shapes, slow references, model files and everything that must be refused."""
-import copy, io, json, os, pickle, struct, subprocess, sys, zipfile
-import numpy as np
+import copy, json, os, pickle, struct, subprocess, sys
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 import irnb.networks as networks
-from irnb.networks import (ModelError, NAFNet, UNet, build, count_parameters, load_model, local_pooling, receptive_radius, room,
-                           save_model)
-from irnb.networks.nafnet import LayerNorm2d, LocalAverage, NAFBlock, gate
+from irnb.networks import (ModelError, NAFNet, UNet, build, count_parameters, load_model, local_pooling, receptive_radius, save_model)
+from irnb.networks.nafnet import LocalAverage, NAFBlock
 
 TINY = NAFNet.PRESETS["tiny"]
 SPEC = {"network": {"name": "NAFNet", "options": {"preset": "tiny"}}}

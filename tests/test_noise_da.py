@@ -19,7 +19,7 @@ from irnb.data import Example
 from irnb.results.baselines import GlobalBlur, ScaledResidual, post_controls
 from irnb.metrics import high_frequency_ratio, laplacian_energy
 from irnb.strategies.noise_da import (CONDITIONS, NOISE_DA_VARIANTS, RENOISED, AddInput, ConditionProbe, DiffusionLossError, LambdaRamp, NoiseDA, NoiseDALoss, Renoised,
-                                      ResidualView, as_residual, check_ranges, check_real, estimate_noise, infer,
+                                      ResidualView, as_residual, check_ranges, estimate_noise, infer,
                                       noise_da_cost, residual_swap, swap_slots)
 from irnb.strategies.strategy import Strategy, Supervised, ToyNet, _loop, contract, toy_batch
 from irnb.training import NonFiniteError, TrainConfig, train

@@ -1,6 +1,5 @@
 """The pipeline: smoke scale under DVC in a clone, honest dependencies, a sixth strategy by one entry, kills and bad input."""
 import ast
-import contextlib
 import json
 import os
 import re
@@ -87,6 +86,17 @@ def test_repro_ends_with_table_figures_and_pictures(clone):
 def test_second_repro_runs_no_stage(clone):
     before = outs(clone)
     assert repro(clone) == [] and outs(clone) == before
+
+
+@pytest.mark.slow
+def test_a_changed_figure_runs_the_report_and_no_training(clone):
+    "`sources` only hashes, and its outputs stay the same."
+    figures = clone / "irnb" / "results" / "figures.py"
+    text = figures.read_text()
+    figures.write_text(text + "\n# another colour\n")
+    assert set(repro(clone)) == {"sources", "report"}
+    figures.write_text(text)
+    assert set(repro(clone)) == {"sources", "report"}
 
 
 @pytest.mark.slow
@@ -671,7 +681,6 @@ def noisy_folder(here, **noisy):
 
 
 def test_own_noisy_pictures_of_any_size_and_depth_are_used_as_they_are(here, capsys):
-    import torch
     from irnb.data import PatchSet
     from irnb.image_files import read_image
     noisy_folder(here)

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from torch import nn
 from irnb.networks import NAFNet, Restormer, RestormerBlock, build, count_parameters, load_model, receptive_radius, save_model
 from irnb.networks.checkpoints import guess_network, load_weights
 from irnb.networks.restormer import ChannelNorm, GatedFeedForward, TransposedAttention, blocks_in, factor_behind

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from irnb.networks import SwinIR, UpscaleFirst, build, count_parameters, load_model, networks, receptive_radius, save_model
-from irnb.networks.swinir import (RSTB, UPSAMPLERS, SwinBlock, WindowAttention, relative_position_index, shift_mask, shift_regions, window_partition,
+from irnb.networks.swinir import (UPSAMPLERS, SwinBlock, WindowAttention, relative_position_index, shift_mask, shift_regions, window_partition,
                                   window_reverse)
 from tests.nets import awake
 

@@ -275,7 +275,7 @@ def test_code_of_what_the_data_source_holds_counts():
 
 
 def test_code_is_the_same_in_another_process():
-    text = f"import tests.test_training as t\nprint(sorted(t.code_of(t.typed(t.CELL, FACTOR=1.0)['Mine'](t.DropNet()), 'cpu', t.Batches()).items()))"
+    text = "import tests.test_training as t\nprint(sorted(t.code_of(t.typed(t.CELL, FACTOR=1.0)['Mine'](t.DropNet()), 'cpu', t.Batches()).items()))"
     run_it = lambda seed: subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent, env=os.environ | {"PYTHONHASHSEED": seed}).stdout
     assert run_it("1") == run_it("2") != ""
 

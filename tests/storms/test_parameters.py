@@ -3,7 +3,6 @@ import copy
 import re
 import signal
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import yaml
