@@ -22,7 +22,7 @@ SERVER = textwrap.dedent("""
     import dvclive, matplotlib, torch
     matplotlib.use("Agg")
     import matplotlib.pyplot
-    for name in ("data", "degradations", "evaluation", "images", "metrics", "networks", "restore", "strategies.dil", "strategies.spn",
+    for name in ("data", "degradations", "image_files", "images", "metrics", "networks", "results.figures", "restore", "strategies.dil", "strategies.spn",
                  "strategies.constyle", "strategies.noise_da", "strategies.rcl", "training"):
         importlib.import_module(f"irnb.{name}")
     from irnb import data, pipeline
