@@ -139,12 +139,12 @@ def test_a_queue_is_stored_and_one_of_another_size_is_dropped():
     assert same(queue, other)
     smaller = FeatureQueue(4, 6, seed=2)
     fresh = copy.deepcopy(smaller)
-    with pytest.warns(UserWarning, match="10 columns and this one 6"):
+    with pytest.warns(UserWarning, match="FeatureQueue.*10.*6"):
         smaller.load_state_dict(queue.state_dict())
     assert same(smaller, fresh) and smaller.ptr == 0
     strategy, stored = make(queue_size=20), make(queue_size=12)
     _loop(stored, batches(3))
-    with pytest.warns(UserWarning, match="fills anew"):
+    with pytest.warns(UserWarning, match="FeatureQueue.*12.*20"):
         strategy.load_state_dict(stored.state_dict())
     assert same(strategy.net, stored.net) and same(strategy.constyle.encoder_k, stored.constyle.encoder_k) and strategy.step == 3 and strategy.constyle.queue.filled == 0
     _loop(strategy, batches(1))
@@ -899,9 +899,9 @@ def test_encoders_load_from_files_of_several_kinds(tmp_path):
 def test_weights_of_another_family_are_refused(tmp_path):
     torch.save({"params": build("NAFNet", preset="tiny").state_dict()}, tmp_path / "nafnet.pth")
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(ValueError, match="nafnet.pth.*stage1.0.0.weight.*absent.*intro"):
+    with pytest.raises(ValueError, match="nafnet.pth.*stage1.*intro"):
         load_encoder(ConStyleEncoder(**SMALL), tmp_path / "nafnet.pth")
-    with pytest.raises(ValueError, match="shape \\(2, 3, 3, 3\\) and is of shape \\(4, 3, 3, 3\\)"):
+    with pytest.raises(ValueError, match="stage1.*2, 3, 3, 3.*4, 3, 3, 3"):
         load_encoder(ConStyleEncoder(**SMALL), ConStyleEncoder(width=4, code_dim=8))
     for name in ("text.pth", "absent.pth"):
         with pytest.raises(ValueError, match=name):
@@ -1048,41 +1048,41 @@ def test_bad_options(options, message):
 
 @pytest.mark.parametrize("options", [{"encoder": SMALL}, {"use": ["code"]}, {"sites": {"f0": "DC1"}}, {"condition": False}, {"fuse": "concat"}, {"encoder_weights": {}}], ids=str)
 def test_options_of_the_wrapper_do_not_go_with_a_conditioned_network(options):
-    with pytest.raises(ValueError, match="encoder of its own"):
+    with pytest.raises(ValueError, match=f"ConStyleNAFNet.*{next(iter(options))}"):
         make(**options)
 
 
 def test_bad_batches_and_networks():
     batch = batches(1)[0]
-    with pytest.raises(ValueError, match="batch of 4.*at least 4"):
+    with pytest.raises(ValueError, match="queue_size.*4"):
         make(queue_size=3)(batch)
     make(queue_size=4)(batch).backward()
     one = {k: v[:1] for k, v in batch.items()}
     for kind in (make(), make(weights=0), make(contrastive_steps=0, frozen="batch")):
-        with pytest.raises(ValueError, match="2 or more.*norm='layer'"):
+        with pytest.raises(ValueError, match="2.*norm='layer'"):
             kind(one)
     make(contrastive_steps=0)(one), make(told(encoder=LAYER))(one), make().eval()(one)
     with pytest.raises(ValueError, match="channels"):
         make(nn.Conv2d(3, 1, 3, padding=1), encoder=SMALL, condition=False)({"degraded": batch["degraded"], "clean": batch["clean"][:, :1]})
-    with pytest.raises(ValueError, match="IRConStyle needs batch\\['clean'\\]"):
+    with pytest.raises(ValueError, match=r"IRConStyle.*batch\['clean'\]"):
         make()({"degraded": batch["degraded"]})
     with pytest.raises(ValueError, match="nn.Module"):
         IRConStyle(lambda x: x)
-    with pytest.raises(ValueError, match="inside UpscaleFirst, as 'net'"):
+    with pytest.raises(ValueError, match="UpscaleFirst.*'net'"):
         make(build("ConStyleNAFNet", preset="tiny", upscale=2))
-    with pytest.raises(ValueError, match="no module that runs once"):
+    with pytest.raises(ValueError, match="ConStyleWrapper.*sites"):
         ConStyleWrapper(nn.Conv2d(3, 3, 1), SMALL)
-    with pytest.raises(ValueError, match="dry run.*example"):
+    with pytest.raises(ValueError, match="Flat.*example="):
         ConStyleWrapper(Flat(channels=4), SMALL)
     assert ConStyleWrapper(Flat(channels=4), SMALL | {"in_channels": 4})
     shared = nn.Conv2d(8, 8, 1)
-    with pytest.raises(ValueError, match="runs once"):
+    with pytest.raises(ValueError, match="'1'.*'0'"):
         ConStyleWrapper(nn.Sequential(nn.Conv2d(3, 8, 1), shared, shared, nn.Conv2d(8, 3, 1)), SMALL, {"f0": "1"})
     with pytest.raises(ValueError, match="pretext"):
         ConStylePretraining(ConStyleEncoder(**SMALL), pretext="class")
     with pytest.raises(ValueError, match="views"):
         ConStylePretraining(ConStyleEncoder(**SMALL), views="independent")
-    with pytest.raises(ValueError, match="crop 99"):
+    with pytest.raises(ValueError, match="crop.*99"):
         ConStylePretraining(ConStyleEncoder(**SMALL), queue_size=8, crop=99)(batch)
 
 

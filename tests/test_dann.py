@@ -192,14 +192,14 @@ def test_super_resolution_networks_can_be_adapted():
 
 # --- refusals
 
-@pytest.mark.parametrize("real, text", [((4, 3, 16, 24), "size of patches"), ((2, 3, 24, 24), "number"), ((4, 1, 24, 24), "channels")])
+@pytest.mark.parametrize("real, text", [((4, 3, 16, 24), "16, 24"), ((2, 3, 24, 24), "2, 3, 24"), ((4, 1, 24, 24), "1 channel")])
 def test_real_patches_that_do_not_fit(real, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=f"batch.'real'.*{text}"):
         make()(toy_batch() | {"real": torch.rand(real)})
 
 
 def test_other_ranges_are_refused():
-    with pytest.raises(ValueError, match="batch.'real'. is not in"):
+    with pytest.raises(ValueError, match=r"batch.'real'.*\[0, 1\]"):
         make()(toy_batch() | {"real": 255 * toy_batch()["real"]})
 
 
@@ -211,7 +211,7 @@ def test_a_layer_that_runs_twice_is_refused():
 
         def forward(self, x):
             return self.conv(self.conv(x))
-    with pytest.raises(ValueError, match="'conv' ran 4 times"):
+    with pytest.raises(ValueError, match="layer.*'conv'.*4"):
         make(Twice(), layer="conv")(toy_batch())
 
 
@@ -224,5 +224,5 @@ def test_bad_options_are_refused(options, text):
 @pytest.mark.parametrize("start", [0, 5])
 @pytest.mark.parametrize("key", ["degraded", "clean", "real"])
 def test_missing_keys_are_named(key, start):
-    with pytest.raises(ValueError, match=f"DANN needs batch.'{key}'"):
+    with pytest.raises(ValueError, match=f"DANN.*batch.'{key}'"):
         make(start=start)({k: v for k, v in toy_batch().items() if k != key})

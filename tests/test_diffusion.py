@@ -81,7 +81,7 @@ def test_a_restricted_range_stays_inside_and_reaches_both_ends(low, high):
 
 @pytest.mark.parametrize("low, high", [(0, 9), (5, 4), (1, 1000), (-3, 4), (1.5, 9), ("1", 9)])
 def test_bad_ranges_are_refused(low, high):
-    with pytest.raises(ValueError, match="1 <= t_min <= t_max <= 999"):
+    with pytest.raises(ValueError, match=f"t_min.*t_max.*999.*{low}.*{high}"):
         EXACT.sample(2, low, high, generator=torch.Generator())
 
 
@@ -150,7 +150,7 @@ def test_levels():
     g = torch.tensor([.2, .5, .9], dtype=torch.float64)
     assert torch.equal(noise_level(g), g)
     np.testing.assert_allclose(noise_level(g, "logsnr").numpy(), np.log(g.numpy() / (1 - g.numpy())), rtol=1e-12)
-    with pytest.raises(ValueError, match="gamma, logsnr"):
+    with pytest.raises(ValueError, match="logsnr.*'snr'"):
         noise_level(g, "snr")
 
 
@@ -308,16 +308,16 @@ def test_groups_are_the_greatest_common_divisor(base, groups):
 @pytest.mark.parametrize("net", [TinyUNet(base=4), GuidedUNet(base=8, mults=(1, 2, 2), head_channels=8, dropout=0.)], ids=lambda n: type(n).__name__)
 def test_bad_inputs_are_refused(net):
     name = type(net).__name__
-    with pytest.raises(ValueError, match=f"{name}.*9, H, W"):
+    with pytest.raises(ValueError, match=f"{name}.*9.*1, 6, 8, 8"):
         net(torch.zeros(1, 6, 8, 8), torch.zeros(1))
-    with pytest.raises(ValueError, match=f"{name}.*9, H, W"):
+    with pytest.raises(ValueError, match=f"{name}.*9.*9, 8, 8"):
         net(torch.zeros(9, 8, 8), torch.zeros(1))
-    with pytest.raises(ValueError, match=f"multiples of {net.multiple} px, got 8x7"):
+    with pytest.raises(ValueError, match=f"{name}.*{net.multiple}.*8x7"):
         net(torch.zeros(1, 9, 8, 7), torch.zeros(1))
 
 
 def test_heads_must_divide_the_channels():
-    with pytest.raises(ValueError, match="head_channels 32"):
+    with pytest.raises(ValueError, match="head_channels.*32"):
         GuidedUNet(base=4, mults=(1, 2))
 
 
@@ -373,7 +373,7 @@ def test_a_module_of_the_user_is_taken_as_it_is():
     assert pick_denoiser(mine) is mine and initialise(mine, 0) is mine
 
 
-@pytest.mark.parametrize("bad, text", [("huge", "guided"), ({"name": "tiny", "width": 3}, "'width'"), ({"base": 3}, "None is unknown"), ({"name": "tiny", "channels": 3}, "'channels'"), (None, "unknown|mapping|NoneType")])
+@pytest.mark.parametrize("bad, text", [("huge", "guided"), ({"name": "tiny", "width": 3}, "'width'"), ({"base": 3}, "denoiser.*None"), ({"name": "tiny", "channels": 3}, "'channels'"), (None, "denoiser.*None")])
 def test_unknown_denoisers_are_refused(bad, text):
     with pytest.raises((ValueError, TypeError), match=text):
         pick_denoiser(bad)
@@ -416,7 +416,7 @@ def test_a_perfect_denoiser_has_error_zero_and_a_silent_one_error_one():
 
 
 def test_a_denoiser_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match="returned"):
+    with pytest.raises(ValueError, match="denoiser.*1, 6, 4, 4"):
         predict_noise(_Wrong(), torch.zeros(1, 3, 4, 4), [torch.zeros(1, 3, 4, 4)], torch.zeros(1))
 
 

@@ -788,7 +788,7 @@ def test_confounders_of_a_task_are_the_tasks_own():
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_a_task_with_one_training_setting_refuses_dil(name):
-    with pytest.raises(ValueError, match=f"'{name}' trains on a single setting.*derain_mixed"):
+    with pytest.raises(ValueError, match=f"'{name}'.*derain_mixed"):
         DIL(ToyNet(), name)
     with pytest.raises(ValueError, match=name):
         task_confounders(name)
@@ -848,13 +848,13 @@ def test_sampling_is_deterministic_and_leaves_the_clean_images():
 
 # --- bad input --------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options, words", [
-    ({"alpha": 0.0}, "alpha"), ({"alpha": -1.0}, "positive"), ({"alpha": math.nan}, "alpha"), ({"alpha": "big"}, "alpha"),
-    ({"variant": "pf", "inner_steps": 1}, "exactly ERM"), ({"variant": "sff"}, "unknown DIL variant"), ({"inner_steps": 0}, "inner_steps"),
-    ({"confounders": 1}, "at least two"), ({"confounders": [deg.GaussianNoise(5)]}, "at least two"), ({"confounders": "fog"}, "unknown confounders"),
-    ({"confounders": 3.5}, "confounders"), ({"query": "none"}, "query"), ({"inner": "rmsprop"}, "inner"), ({"variant": "ps", "inner": "adam"}, "inner Adam"),
+    ({"alpha": 0.0}, "alpha"), ({"alpha": -1.0}, "alpha.*-1"), ({"alpha": math.nan}, "alpha"), ({"alpha": "big"}, "alpha"),
+    ({"variant": "pf", "inner_steps": 1}, "pf.*inner_steps"), ({"variant": "sff"}, "variant.*sff"), ({"inner_steps": 0}, "inner_steps"),
+    ({"confounders": 1}, "confounders.*type_0"), ({"confounders": [deg.GaussianNoise(5)]}, "confounders.*_5"), ({"confounders": "fog"}, "confounders.*fog"),
+    ({"confounders": 3.5}, "confounders"), ({"query": "none"}, "query"), ({"inner": "rmsprop"}, "inner"), ({"variant": "ps", "inner": "adam"}, "inner.*'ps'"),
     ({"inner_state": "x"}, "inner_state"), ({"order": "x"}, "order"), ({"bn": "x"}, "bn"), ({"hvp": "exact"}, "hvp"), ({"outer": "same"}, "outer"),
-    ({"variant": "sf", "first_order": "fomaml"}, "fomaml"), ({"slow_rate": 0}, "slow_rate"), ({"max_skips": 0}, "max_skips"), ({"momentum": 1}, "unknown options"),
-    ({"loss": "l3"}, "unknown loss"), ({"variant": "pf_branch", "inner_steps": 1}, "exactly ERM")])
+    ({"variant": "sf", "first_order": "fomaml"}, "fomaml"), ({"slow_rate": 0}, "slow_rate"), ({"max_skips": 0}, "max_skips"), ({"momentum": 1}, "momentum"),
+    ({"loss": "l3"}, "loss.*l3"), ({"variant": "pf_branch", "inner_steps": 1}, "pf.*inner_steps")])
 def test_bad_options(options, words):
     with pytest.raises(ValueError, match=words):
         DIL(ToyNet(), **options)
@@ -862,23 +862,23 @@ def test_bad_options(options, words):
 
 def test_bad_batches():
     clean = toy_batch(3)["clean"]
-    with pytest.raises(ValueError, match="cannot be divided into 2 equal parts"):
+    with pytest.raises(ValueError, match="sigma_5.*3.*query="):
         DIL(ToyNet(), variant="ps")({"clean": clean})
-    with pytest.raises(ValueError, match="use a multiple of 4"):
+    with pytest.raises(ValueError, match="counterfactual=False.*4.*3"):
         DIL(ToyNet(), counterfactual=False)({"clean": clean})
-    with pytest.raises(ValueError, match="equally many images"):
+    with pytest.raises(ValueError, match="PairedTypes.*2.*3"):
         DIL(ToyNet(), 2)({"degraded": clean, "clean": clean})
-    with pytest.raises(ValueError, match="unequal|cannot be joined"):
+    with pytest.raises(ValueError, match=r"\[3, 2\].*mixed="):
         ConfounderBatch([clean, clean[:2]], [clean, clean[:2]], ["a", "b"]).mixed()
-    with pytest.raises(ValueError, match="equally many, at least one"):
+    with pytest.raises(ValueError, match="ConfounderBatch.*'b'.*0"):
         ConfounderBatch([clean, clean[:0]], [clean, clean[:0]], ["a", "b"])
-    with pytest.raises(ValueError, match="one x, y and name"):
+    with pytest.raises(ValueError, match="ConfounderBatch.*1, 0.*1"):
         ConfounderBatch([clean], [], ["a"])
-    with pytest.raises(ValueError, match="positive weights"):
+    with pytest.raises(ValueError, match="weights.*-1"):
         ConfounderSet([deg.GaussianNoise(5)] * 2, weights=[1, -1])
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="order.*5"):
         find("sf", order=(0, 5))
-    with pytest.raises(ValueError, match="paired types cannot be degraded afresh"):
+    with pytest.raises(ValueError, match="query='independent'"):
         DIL(ToyNet(), 2, variant="ps", query="fresh")({"degraded": clean[:2], "clean": clean[:2]})
 
 
@@ -887,7 +887,7 @@ def test_unequal_batches_weight_by_confounder_when_separate():
     G = flat(find("erm", support=batch, mixed="separate"))
     parts = [flat(find("erm", support=ConfounderBatch([x], [y], ["a"]))) for x, y in zip(batch.x, batch.y)]
     torch.testing.assert_close(G, sum(parts) / 2, rtol=0, atol=1e-14)
-    with pytest.raises(ValueError, match="cannot be joined"):
+    with pytest.raises(ValueError, match=r"\[3, 1\].*mixed="):
         find("ps", support=batch)
 
 
@@ -895,17 +895,17 @@ def test_a_network_that_writes_into_its_input():
     class Spoils(nn.Conv2d):
         def forward(self, x):
             return super().forward(x.clamp_(0.2, 0.8))
-    with pytest.raises(ValueError, match="changed its input in place"):
+    with pytest.raises(ValueError, match="Spoils.*input"):
         DIL(Spoils(3, 3, 1))(toy_batch())
 
 
 def test_no_trainable_parameter():
-    with pytest.raises(ValueError, match="no trainable parameter"):
+    with pytest.raises(ValueError, match="Smooth.*trainable"):
         find("erm", net=Smooth().requires_grad_(False))
 
 
 def test_wrong_output_size_is_named():
-    with pytest.raises(ValueError, match="network returned"):
+    with pytest.raises(ValueError, match=r"22, 22.*batch\['clean'\]"):
         DIL(nn.Conv2d(3, 3, 3))(toy_batch())
 
 
@@ -936,7 +936,7 @@ def test_non_finite_steps_are_skipped_counted_and_stop_the_run(variant):
         strategy.after_step()
     assert torch.equal(weights(strategy.net), kept) and strategy.counters["skipped"] == 3 and strategy.counters["steps"] == 2
     assert all(equal(moments[k], v) for k, v in opt.state_dict()["state"].items())
-    with pytest.raises(FloatingPointError, match="not finite 4 times in a row"):
+    with pytest.raises(FloatingPointError, match=r"alpha.*\b4\b"):
         strategy(toy_batch())
     strategy.net.bad = False
     opt.zero_grad(); strategy(toy_batch()).backward(); opt.step(); strategy.after_step()
@@ -1025,7 +1025,7 @@ def test_no_check_leaves_it_to_the_loop():
 
 
 def test_l1_with_second_order_warns():
-    with pytest.warns(UserWarning, match="no curvature"):
+    with pytest.warns(UserWarning, match="L1.*loss='charbonnier'"):
         DIL(ToyNet(), variant="ps", loss="l1")
 
 
@@ -1033,7 +1033,7 @@ def test_theta_phi_gap_warns_once():
     s = DIL(ToyNet(), variant="ps")
     s.loss_theta.fill_(1.0), s.loss_phi.fill_(0.1)
     s.step = 199
-    with pytest.warns(UserWarning, match="at phi"):
+    with pytest.warns(UserWarning, match="phi.*alpha"):
         s.after_step()
     s.step = 399
     with warnings.catch_warnings():
@@ -1089,5 +1089,5 @@ def test_the_extra_state_is_a_tensor_and_old_dictionaries_load(options):
 
 @pytest.mark.parametrize("count", [0, -3, 10**12])
 def test_a_number_of_paired_types_is_bounded(count):
-    with pytest.raises(ValueError, match="paired types"):
+    with pytest.raises(ValueError, match=rf"confounders.* {count}\b"):
         DIL(ToyNet(), count)

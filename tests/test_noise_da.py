@@ -639,7 +639,7 @@ def test_a_denoiser_of_the_user():
             return self.conv(x) * level.view(-1, 1, 1, 1)
     strategy = make(denoiser=Mine())
     assert torch.isfinite(strategy(toy_batch()))
-    with pytest.raises(ValueError, match="multiples of 4"):
+    with pytest.raises(ValueError, match=r"22x22.*\b4\b.*crop"):
         strategy(toy_batch(size=22))
 
 
@@ -847,7 +847,7 @@ def test_oracle_tuned_controls_find_the_best_value():
     restorer, factor, db = found["scale"]
     assert factor == 2. and isinstance(restorer, ScaledResidual) and db > 50  # it removed half of the noise
     assert found["blur"][1] > 0 and isinstance(found["blur"][0], GlobalBlur)
-    with pytest.raises(ValueError, match="no items"):
+    with pytest.raises(ValueError, match="post_controls.*items"):
         post_controls(half, [])
 
 
@@ -895,7 +895,7 @@ def test_the_oracle_trains_on_the_targets_noise_and_enlargement():
     assert torch.equal(x, degraded)
     torch.testing.assert_close(value, torch.sqrt((smooth.net(x) - clean).square() + 1e-6).mean())
     assert smooth.needs == ("clean",) and noted(smooth, {"clean": batch["clean"][..., :47, :45]})[0].shape[-2:] == (47, 45)
-    with pytest.raises(ValueError, match="no target domain"):
+    with pytest.raises(ValueError, match="task.*'denoise'"):
         Renoised(ToyNet(), task="denoise")
 
 
@@ -915,7 +915,7 @@ def test_matched_and_blurred_noise():
 
 @pytest.mark.parametrize("bad", ["oracle", 3])
 def test_unknown_noises_are_refused(bad):
-    with pytest.raises(ValueError, match="Renoised: noise"):
+    with pytest.raises(ValueError, match=f"Renoised.* noise.*{bad}"):
         Renoised(ToyNet(), noise=bad)
     assert set(RENOISED) == {"target", "matched", "blurred"}
 
@@ -971,12 +971,12 @@ def test_counted_operations_of_a_step():
 
 # --- refusals
 
-@pytest.mark.parametrize("real, text", [((4, 3, 16, 24), "size of patches"), ((4, 3, 24, 23), "smaller than the patch"), ((2, 3, 24, 24), "number and size"), ((4, 1, 24, 24), "1 channels, batch.'degraded'. 3")])
+@pytest.mark.parametrize("real, text", [((4, 3, 16, 24), "16, 24"), ((4, 3, 24, 23), "24, 23"), ((2, 3, 24, 24), "2, 3, 24"), ((4, 1, 24, 24), "1 channel")])
 def test_real_patches_that_do_not_fit(real, text):
     strategy = make()
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=f"batch.'real'.*{text}.*'degraded'"):
         strategy(toy_batch() | {"real": torch.rand(real)})
-    with pytest.raises(ValueError, match="Noise-DA: the images must have one shape"):
+    with pytest.raises(ValueError, match=f"x_r.*{', '.join(map(str, real))}"):
         strategy.diffusion(*(torch.rand(4, 3, 24, 24) for _ in range(2)), *(torch.rand(real) for _ in range(2)), torch.rand(4, 3, 24, 24), generator=gen())
 
 
@@ -984,7 +984,7 @@ def test_real_patches_that_do_not_fit(real, text):
 @pytest.mark.parametrize("change", [lambda x: 255 * x, lambda x: 2 * x - 1, lambda x: x * math.nan])
 def test_other_ranges_are_refused(key, change):
     batch = toy_batch()
-    with pytest.raises(ValueError, match=f"batch.'{key}'. is not in"):
+    with pytest.raises(ValueError, match=rf"batch.'{key}'.*\[0, 1\]"):
         make()(batch | {key: change(batch[key])})
 
 
@@ -998,7 +998,7 @@ def test_ranges_are_looked_at_once_and_shapes_always():
     strategy, batch = make(), toy_batch()
     strategy(batch)
     strategy(batch | {"real": batch["real"] * 3})  # too late to notice
-    with pytest.raises(ValueError, match="size of patches"):
+    with pytest.raises(ValueError, match="batch.'real'.*24, 16"):
         strategy(batch | {"real": batch["real"][..., :16]})
 
 
@@ -1006,13 +1006,13 @@ def test_ranges_are_looked_at_once_and_shapes_always():
 def test_missing_keys_are_named_even_before_the_start(key):
     strategy = make(variant="unpaired", reference="reference", start=10)
     batch = toy_batch() | {"reference": toy_batch(seed=2)["clean"]}
-    with pytest.raises(ValueError, match=f"NoiseDA needs batch.'{key}'"):
+    with pytest.raises(ValueError, match=f"NoiseDA.*batch.'{key}'"):
         strategy({k: v for k, v in batch.items() if k != key})
 
 
 @pytest.mark.parametrize("options, text", [
-    ({"variant": "both"}, "variant must be one of paired"), ({"hinge": "mean"}, "hinge"), ({"conditions": "none"}, "conditions"), ({"other": "synthetic"}, "other"), ({"predicts": "noise"}, "predicts"),
-    ({"margin": -1}, "margin"), ({"margin": math.nan}, "margin"), ({"t_range": (0, 10)}, "t_min"), ({"condition_on": "t"}, "gamma, logsnr"), ({"beta": -1}, "beta"), ({"length": 0}, "length"),
+    ({"variant": "both"}, "variant.*both"), ({"hinge": "mean"}, "hinge"), ({"conditions": "none"}, "conditions"), ({"other": "synthetic"}, "other"), ({"predicts": "noise"}, "predicts"),
+    ({"margin": -1}, "margin"), ({"margin": math.nan}, "margin"), ({"t_range": (0, 10)}, "t_min"), ({"condition_on": "t"}, "logsnr.*'t'"), ({"beta": -1}, "beta"), ({"length": 0}, "length"),
     ({"denoiser": "huge"}, "guided"), ({"reference": "clean"}, "unpaired"), ({"loss": "l7"}, "l7")])
 def test_bad_options_are_refused(options, text):
     with pytest.raises(ValueError, match=text):
@@ -1020,9 +1020,9 @@ def test_bad_options_are_refused(options, text):
 
 
 def test_batches_too_small_to_have_other_content():
-    with pytest.raises(ValueError, match="other content"):
+    with pytest.raises(ValueError, match="other='batch'"):
         make(variant="placebo")(toy_batch(1))
-    with pytest.raises(ValueError, match="3 or more"):
+    with pytest.raises(ValueError, match="unpaired.*3.*reference="):
         make(variant="unpaired")(toy_batch(2))
     assert torch.isfinite(make()(toy_batch(1)))  # one sample is enough for the method itself
 
@@ -1037,13 +1037,13 @@ def test_super_resolution_is_refused_but_only_with_a_diffusion_loss():
             return F.pixel_shuffle(self.conv(x), 2)
     batch = toy_batch()
     batch["clean"] = F.interpolate(batch["clean"], scale_factor=2)
-    with pytest.raises(ValueError, match="no super-resolution"):
+    with pytest.raises(ValueError, match="48, 48.*24, 24"):
         make(Twice())(batch)
     assert torch.isfinite(make(Twice(), variant="vanilla")(batch))
 
 
 def test_patches_that_the_denoiser_cannot_halve():
-    with pytest.raises(ValueError, match="multiples of 2"):
+    with pytest.raises(ValueError, match=r"23x23.*\b2\b.*crop"):
         make()(toy_batch(size=23))
 
 
@@ -1063,7 +1063,7 @@ def test_a_diffusion_loss_that_is_not_finite_stops_before_the_step(where):
     else:
         strategy.net.layers[0].weight.data.fill_(math.nan)
     strategy.step = 7
-    with pytest.raises(DiffusionLossError, match="not finite at step 8") as error:
+    with pytest.raises(DiffusionLossError, match="step 8") as error:
         strategy(toy_batch())
     assert error.value.step == 8
 
@@ -1087,7 +1087,7 @@ def test_on_other_devices_the_flag_is_read_every_fifty_steps():
     strategy.after_step()
     strategy.after_step()
     assert strategy.step == 49
-    with pytest.raises(DiffusionLossError, match="49 steps before"):
+    with pytest.raises(DiffusionLossError, match="step 50.*49"):
         strategy.after_step()
     assert strategy._bad is None
     strategy._bad = torch.tensor(False)

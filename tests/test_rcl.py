@@ -178,7 +178,7 @@ def test_partner_hits_and_the_convention_of_partners():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: nt_xent(torch.zeros(2, 2), .01), "1 picture has no negatives"), (lambda: nt_xent(torch.zeros(5, 5), .01), r"\(5, 5\)"), (lambda: nt_xent(torch.zeros(4, 6), .01), r"\(4, 6\)"),
+    (lambda: nt_xent(torch.zeros(2, 2), .01), "1.*negatives"), (lambda: nt_xent(torch.zeros(5, 5), .01), r"\(5, 5\)"), (lambda: nt_xent(torch.zeros(4, 6), .01), r"\(4, 6\)"),
     (lambda: nt_xent(torch.zeros(4, 4), 0), "tau"), (lambda: nt_xent(torch.zeros(4, 4), -1.), "tau"), (lambda: emd_matrix(torch.zeros(4, 3, 2)), r"\(4, 3, 2\)"),
     (lambda: emd_matrix(torch.zeros(0, 3, 2, 2)), r"\(0, 3, 2, 2\)")])
 def test_losses_refuse(call, message):
@@ -227,7 +227,7 @@ def test_crops_are_the_generators():
     assert crop_pairs(x, generator=g()).shape == (6, 3, 10, 10)
 
 
-@pytest.mark.parametrize("size, options, message", [(11, {}, "at most 10 px"), (21, {"overlap": True}, "20x20"), (5, {"step": 2}, "multiples of 2"), (-1, {}, "crop_pairs")])
+@pytest.mark.parametrize("size, options, message", [(11, {}, "11.*20x20.*10"), (21, {"overlap": True}, "21.*20x20"), (5, {"step": 2}, "multiples.*2"), (-1, {}, "crop_pairs")])
 def test_crops_refuse(size, options, message):
     with pytest.raises(ValueError, match=message):
         crop_pairs(torch.rand(2, 3, 20, 20), size, generator=g(), **options)
@@ -470,7 +470,7 @@ def test_crops_of_a_mosaic_keep_its_colours():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"tau": 0}, "tau"), ({"tau": -1.}, "tau"), ({"tau": "1e-2"}, "with the point"), ({"tau": math.nan}, "tau"), ({"w_contrast": -.1}, "w_contrast"), ({"w_consistency": math.inf}, "w_consistency"),
+    ({"tau": 0}, "tau"), ({"tau": -1.}, "tau"), ({"tau": "1e-2"}, "tau.*1.0e-3"), ({"tau": math.nan}, "tau"), ({"w_contrast": -.1}, "w_contrast"), ({"w_consistency": math.inf}, "w_consistency"),
     ({"sigma": 0}, "sigma"), ({"w_excess": -1}, "w_excess"), ({"crop": 1}, "crop"), ({"crop": 8.5}, "crop"), ({"crop": True}, "crop"), ({"crop": 9, "pattern": "RGGB"}, "even")])
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
@@ -478,10 +478,10 @@ def test_bad_options(options, message):
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: RCL(ToyNet())({"degraded": torch.rand(1, 3, 24, 24)}), "no negatives.*batch"), (lambda: RCL(ToyNet(), crop=20)({"degraded": torch.rand(4, 3, 24, 24)}), "at most 12 px"),
-    (lambda: RCL(ToyNet())({"clean": torch.rand(4, 3, 24, 24)}), "RCL needs.*degraded"), (lambda: RCL("net"), "nn.Module"),
+    (lambda: RCL(ToyNet())({"degraded": torch.rand(1, 3, 24, 24)}), "negatives.*accumulate"), (lambda: RCL(ToyNet(), crop=20)({"degraded": torch.rand(4, 3, 24, 24)}), "20.*24x24.*12"),
+    (lambda: RCL(ToyNet())({"clean": torch.rand(4, 3, 24, 24)}), "RCL.*batch.'degraded'"), (lambda: RCL("net"), "nn.Module"),
     (lambda: RCL(nn.Upsample(scale_factor=2))({"degraded": torch.rand(4, 3, 24, 24)}), "scale 1"), (lambda: RCL(ToyNet(), pattern="RBGG")({"degraded": torch.rand(4, 3, 24, 24)}), "RBGG"),
-    (lambda: RawNoise(-1e-3), "shot.*>= 0"), (lambda: RawNoise(.01, math.nan), "read"), (lambda: RawNoise(form="packed")(torch.rand(1, 3, 9, 8), generator=g()), "even")])
+    (lambda: RawNoise(-1e-3), "shot.*-0.001"), (lambda: RawNoise(.01, math.nan), "read"), (lambda: RawNoise(form="packed")(torch.rand(1, 3, 9, 8), generator=g()), "even")])
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
@@ -575,7 +575,7 @@ def test_labelled_pictures_are_nested_and_no_more_than_there_are(tmp_path):
     sets = [set(few_pictures(patches, k, seed=3).sources) for k in range(1, 7)]
     assert [len(s) for s in sets] == list(range(1, 7)) and all(a < b for a, b in zip(sets, sets[1:]))
     for k in (0, 7):
-        with pytest.raises(ValueError, match="6"):
+        with pytest.raises(ValueError, match=rf"p\b.* {k}\b.*\b6\b"):
             few_pictures(patches, k)
 
 
@@ -685,7 +685,8 @@ def test_the_training_loop_holds_the_chosen_parameters_only():
     assert all(torch.equal(v, before[n]) for n, v in list(result.restorer.state_dict().items())[:4]) and list(other.state_dict()) == list(strategy.restorer().state_dict())
 
 
-@pytest.mark.parametrize("layers, message", [(0, "3 layers"), (4, "3 layers"), (["tail.*"], "tail.*layers.0.weight"), ([], "nothing"), ("layers.2", "list of patterns"), (True, "list of patterns")])
+@pytest.mark.parametrize("layers, message", [(0, "layers.*3.*0"), (4, "layers.*3.*4"), (["tail.*"], "tail.*layers.0.weight"),
+                                             ([], "nothing"), ("layers.2", "patterns.*'layers.2'"), (True, "patterns.*True")])
 def test_bad_layers(layers, message):
     with pytest.raises(ValueError, match=message):
         FineTune(ToyNet(), layers=layers)
@@ -711,7 +712,7 @@ def test_transfer_says_what_it_left():
     assert transfer(ToyNet(3, 8), ToyNet(3, 4)) == ["layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias", "layers.2.weight"]  # shapes count
     net = ToyNet(3, 8)
     assert transfer(net, ToyNet(3, 8, seed=3)) == [] and torch.equal(net.layers[0].weight, ToyNet(3, 8, seed=3).layers[0].weight) and net.layers[0].weight.requires_grad
-    with pytest.raises(ValueError, match="no tensor.*layers.0.weight.*0.weight"):
+    with pytest.raises(ValueError, match="layers.0.weight.* 0.weight"):
         transfer(ToyNet(), nn.Sequential(nn.Linear(2, 2)))
 
 
@@ -728,7 +729,7 @@ def test_agreement_by_loop():
     want = np.mean([law[min((j for j in range(12) if photo[j] != photo[i]), key=lambda j: D[i, j])] == law[i] for i in range(12)])
     assert agreement(D, law, photo).item() == pytest.approx(want)
     assert agreement((law[:, None] != law).double(), law, photo) == 1 and agreement((law[:, None] == law).double(), law, photo) == 0
-    with pytest.raises(ValueError, match="at least two"):
+    with pytest.raises(ValueError, match="agreement.*others"):
         agreement(D, law, torch.zeros(12))
 
 

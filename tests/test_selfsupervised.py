@@ -104,7 +104,7 @@ def test_the_regressing_ones_denoise_without_a_clean_picture(name):
 
 @pytest.mark.parametrize("name", ["n2n", "n2v", "n2s", "nb2nb", "low"])
 def test_other_shapes_are_refused(name):
-    with pytest.raises(ValueError, match=r"scale 1|keep"):
+    with pytest.raises(ValueError, match="scale 1"):
         ALL[name](nn.Sequential(nn.Conv2d(3, 3, 1), nn.Upsample(scale_factor=2)))(two_views())
 
 
@@ -142,7 +142,7 @@ def test_bad_extra(extra):
 
 
 def test_the_second_view_is_asked_for():
-    with pytest.raises(ValueError, match="Noise2Noise needs.*degraded2"):
+    with pytest.raises(ValueError, match="Noise2Noise.*degraded2"):
         Noise2Noise(ToyNet())({"degraded": torch.rand(1, 3, 8, 8)})
 
 
@@ -199,7 +199,8 @@ def test_noise2void_of_the_identity_pays_twice_the_variance():
     assert Noise2Void(Fixed(lambda v: torch.full_like(v, .5)), share=.1)({"degraded": x}).item() == pytest.approx(.01, rel=.08)
 
 
-@pytest.mark.parametrize("options, message", [({"share": 0}, "share"), ({"share": 1.}, "share"), ({"share": "1e-2"}, "point"), ({"radius": 0}, "radius"), ({"radius": 1.5}, "radius")])
+@pytest.mark.parametrize("options, message", [({"share": 0}, "share"), ({"share": 1.}, "share"),
+                                              ({"share": "1e-2"}, "share.*1.0e-3"), ({"radius": 0}, "radius"), ({"radius": 1.5}, "radius")])
 def test_bad_noise2void(options, message):
     with pytest.raises(ValueError, match=message):
         Noise2Void(ToyNet(), **options)
@@ -286,7 +287,7 @@ def test_bad_stride(stride):
 
 
 def test_pictures_smaller_than_the_grid_are_refused():
-    with pytest.raises(ValueError, match=r"\(3, 8\).*4 px"):
+    with pytest.raises(ValueError, match=r"\(3, 8\).*4"):
         Noise2Self(ToyNet())({"degraded": torch.rand(1, 3, 3, 8)})
 
 
@@ -397,7 +398,7 @@ def test_hooks_go_even_when_the_network_fails():
 def test_layers_that_give_nothing_are_refused():
     net = ToyNet()
     net.spare = nn.Conv2d(3, 3, 1)
-    with pytest.raises(ValueError, match="'spare' was not used"):
+    with pytest.raises(ValueError, match="'spare'.*used"):
         SimCLR(net, layer="spare")
     with pytest.raises(AttributeError):
         SimCLR(net, layer="none")
@@ -414,7 +415,7 @@ def test_layers_that_give_nothing_are_refused():
         def forward(self, x):
             return self.c(self.pair(x)[0])
 
-    with pytest.raises(ValueError, match="'pair' returned no tensor"):
+    with pytest.raises(ValueError, match="'pair'.*tensor"):
         SimCLR(Outer(), layer="pair")
 
 
@@ -465,7 +466,7 @@ def test_bad_image_discrimination(options):
 
 
 def test_one_picture_has_no_negatives():
-    with pytest.raises(ValueError, match="no negatives"):
+    with pytest.raises(ValueError, match="negatives.*accumulate"):
         SimCLR(ToyNet())({"degraded": torch.rand(1, 3, 24, 24)})
 
 

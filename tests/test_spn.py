@@ -176,16 +176,16 @@ def test_wrapped_targets_follow_by_name():
 @pytest.mark.parametrize("other, name", [(ToyNet(width=4), "layers.0.weight"), (Normed(), "layers.0.weight"), (nn.Sequential(*Normed(), nn.ReLU()), "layers.0.weight")])
 def test_another_architecture_is_refused(other, name):
     models = LatencyModels(ToyNet(), [NegativeSpec(1)])
-    with pytest.raises(ValueError, match=f"{name}.*same architecture"):
+    with pytest.raises(ValueError, match=name):
         models.update(other, 1)
-    with pytest.raises(ValueError, match="same architecture"):
+    with pytest.raises(ValueError, match=name):
         LatencyModels(ToyNet(), [NegativeSpec(1)], init="load", states=[other.state_dict()])
 
 
 def test_a_missing_buffer_is_refused():
     target = Normed()
     models, target[1].running_mean = LatencyModels(target, [NegativeSpec(1)]), torch.zeros(5)
-    with pytest.raises(ValueError, match="buffer '1.running_mean'"):
+    with pytest.raises(ValueError, match="1.running_mean"):
         models.update(target, 1)
 
 
@@ -243,7 +243,7 @@ def test_bad_latency_options(options, message):
         LatencyModels(ToyNet(), PAST, **options)
 
 
-@pytest.mark.parametrize("spec, message", [({"interval": 0}, "interval"), ({"interval": -1}, "interval"), ({"interval": 2.5}, "whole number"), ({"interval": True}, "interval"),
+@pytest.mark.parametrize("spec, message", [({"interval": 0}, "interval"), ({"interval": -1}, "interval"), ({"interval": 2.5}, "interval.*2.5"), ({"interval": True}, "interval"),
                                            ({"interval": "100"}, "interval"), ({"interval": math.inf}, "null"), ({"decay": 1.0}, "null"), ({"decay": -.1}, "decay"),
                                            ({"decay": "1e-3"}, "1.0e-3"), ({"start_mix": 2}, "start_mix"), ({"start_mix": math.nan}, "start_mix"), ({"every": 3}, "every"), (100, "100")])
 def test_bad_negatives(spec, message):
@@ -446,14 +446,14 @@ def test_state_of_the_weight_resumes_and_does_not_override_a_fixed_one():
 
 def test_warning_above_one_half_and_stop_above_one():
     weight = CalibratedWeight(.1)
-    with pytest.warns(UserWarning, match="0.60 times"):
+    with pytest.warns(UserWarning, match="0.60.*lam"):
         weight.observe(2, ratio_squares(6.))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         weight.observe(3, ratio_squares(7.))  # said once
         weight.observe(4, ratio_squares(5.))  # exactly one half is fine
         weight.observe(5, ratio_squares(float("nan")))
-    with pytest.raises(GradientRatioError, match=r"1.5 times.*lam 0.1.*Lower lam to 0.0067.*rho") as error:
+    with pytest.raises(GradientRatioError, match=r"lam.*0\.0067.*rho") as error:
         weight.observe(6, ratio_squares(15.))
     assert (error.value.step, error.value.lam) == (6, .1) and error.value.ratio == pytest.approx(1.5) and isinstance(error.value, ValueError)
 
@@ -751,7 +751,7 @@ def test_an_unfinished_calibration_is_stored_and_dictionaries_of_earlier_version
     for step in (3, 4, 5):
         weight.observe(step, torch.tensor([1., 16.])), again.observe(step, torch.tensor([1., 16.])), old.observe(step, torch.tensor([1., 16.]))
     assert weight.lam == again.lam == old.lam == .1 / 4 and same(weight, again) and weight._found == []
-    with pytest.raises(ValueError, match="SPN: the weight.*3 numbers"):
+    with pytest.raises(ValueError, match=r"SPN.*weight.*\b3\b"):
         again.load_state_dict({"_extra_state": torch.zeros(3, dtype=torch.float64)})
 
 
@@ -777,9 +777,9 @@ def test_labels_of_stand_ins_never_look_like_the_paper(extractor, label):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"preset": "relaesed"}, "relaesed"), ({"against": "future"}, "future"), ({"sign": 1}, "sign"), ({"lam": .1, "rho": .1}, "not both"), ({"rho": 2.}, "rho"), ({"lam": "1e-3"}, "1.0e-3"),
-    ({"extractor": "vgg13"}, "choose one of"), ({"negatives": [{"interval": .5}]}, "schedule"), ({"negatives": [{"intervall": 5}]}, "intervall"), ({"adaptive": {"tao": 1}}, "tao"),
-    ({"adaptive": -1.}, "tau"), ({"adaptive": {"decay": 1.}}, "decay"), ({"weights": (1., 2.)}, "3 feature maps"), ({"criterion": "cosine"}, "cosine"), ({"loss": "huber"}, "huber"),
+    ({"preset": "relaesed"}, "relaesed"), ({"against": "future"}, "future"), ({"sign": 1}, "sign"), ({"lam": .1, "rho": .1}, "lam.*rho"), ({"rho": 2.}, "rho"), ({"lam": "1e-3"}, "1.0e-3"),
+    ({"extractor": "vgg13"}, "extractor.*vgg13"), ({"negatives": [{"interval": .5}]}, "schedule"), ({"negatives": [{"intervall": 5}]}, "intervall"), ({"adaptive": {"tao": 1}}, "tao"),
+    ({"adaptive": -1.}, "tau"), ({"adaptive": {"decay": 1.}}, "decay"), ({"weights": (1., 2.)}, r"3.*weights.*2\.0"), ({"criterion": "cosine"}, "cosine"), ({"loss": "huber"}, "huber"),
     ({"buffers": "sum"}, "sum"), ({"pairing": "odd"}, "odd"), ({"check_every": 0}, "check_every"), ({"warmup": -1}, "warmup")])
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
@@ -790,20 +790,20 @@ def test_missing_vgg_file_is_an_error_of_the_default(monkeypatch, tmp_path):
     monkeypatch.delenv("SPN_VGG_PATH", raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for build in (lambda: SPN(ToyNet()), lambda: SPN(ToyNet(), preset="released"), lambda: SPN(ToyNet(), lam=0.0), lambda: CR(ToyNet())):
-        with pytest.raises(ValueError, match="vgg1[69].*extractor 'random'"):
+        with pytest.raises(ValueError, match="vgg1[69].*'random'"):
             build()
 
 
 def test_bad_batches():
     batch = toy_batch()
-    with pytest.raises(ValueError, match="other images.*use 2 or more"):
+    with pytest.raises(ValueError, match="against='other'.*2"):
         make(against="other", lam=.1)({k: v[:1] for k, v in batch.items()})
-    with pytest.raises(ValueError, match="4 px.*got 3 x 3"):
+    with pytest.raises(ValueError, match="relu3_2.*4.*3 x 3"):
         make(lam=.1)({k: v[..., :3, :3] for k, v in batch.items()})
-    with pytest.raises(ValueError, match="4 channels"):
+    with pytest.raises(ValueError, match="degraded.*4"):
         packed = nn.Conv2d(4, 3, 1)
         SPN(packed, extractor="random", preset="degraded")({"degraded": torch.rand(2, 4, 8, 8), "clean": torch.rand(2, 3, 8, 8)})
-    with pytest.raises(ValueError, match="SPN needs batch\\['clean'\\]"):
+    with pytest.raises(ValueError, match=r"SPN.*batch\['clean'\]"):
         make()({"degraded": batch["degraded"]})
     with pytest.raises(ValueError, match="nn.Module"):
         SPN(lambda x: x, extractor="random")
@@ -846,7 +846,7 @@ def test_cr_of_an_image_with_itself_as_the_negative_explodes():
     assert strategy.ratio(batch["real"], batch["clean"], batch["real"]) > 1e4
 
 
-@pytest.mark.parametrize("options, message", [({"weight": -1}, "weight"), ({"weight": "1e-1"}, "1.0e-3"), ({"eps": 0}, "eps"), ({"extractor": "vgg"}, "choose one of")])
+@pytest.mark.parametrize("options, message", [({"weight": -1}, "weight"), ({"weight": "1e-1"}, "1.0e-3"), ({"eps": 0}, "eps"), ({"extractor": "vgg"}, "extractor.*'vgg'")])
 def test_cr_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         CR(ToyNet(), **({"extractor": "random"} | options))

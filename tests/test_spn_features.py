@@ -120,14 +120,14 @@ def test_the_deepest_tap_sets_the_smallest_patch(layer, side, no_vgg):
         trunk = VGGTrunk(layers=(layer,), missing="random")
     assert trunk.smallest == side and trunk(image(1, 3, side, side))[0].numel() > 0
     if side > 1:
-        with pytest.raises(ValueError, match=f"{layer} needs {side} px.*got {side} x {side - 1}"):
+        with pytest.raises(ValueError, match=rf"{layer}.*\b{side}\b.*{side} x {side - 1}"):
             trunk(image(1, 3, side, side - 1))
 
 
 def test_missing_file_is_an_error_that_names_file_hash_and_way_out(no_vgg):
     with pytest.raises(VGGFileError, match="vgg19-dcbb9e9d.pth.*dcbb9e9d.*SPN_VGG_PATH.*'random'"):
         VGGTrunk("vgg19")
-    with pytest.warns(UserWarning, match="no reproduction"):
+    with pytest.warns(UserWarning, match="VGGTrunk.*vgg16"):
         assert VGGTrunk(missing="random").label == "random"
 
 
@@ -159,7 +159,7 @@ def test_the_digits_in_the_name_are_verified(small, tmp_path):
     right, wrong = path.rename(tmp_path / f"vgg16-{digest[:8]}.pth"), tmp_path / "vgg16-397923af.pth"
     VGGTrunk(weights=right), VGGTrunk(weights=right, verify=digest.upper())
     wrong.write_bytes(right.read_bytes())
-    with pytest.raises(VGGFileError, match=f"begins with {digest[:8]} instead of 397923af"):
+    with pytest.raises(VGGFileError, match=f"vgg16-397923af.pth.*{digest[:8]}"):
         VGGTrunk(weights=wrong)
     VGGTrunk(weights=wrong, verify=None)
     with pytest.raises(VGGFileError, match="SHA-256"):
@@ -174,24 +174,23 @@ class Evil:
 def faults():
     base = made_up(last=14)
     nan = base | {"features.5.weight": torch.full_like(base["features.5.weight"], float("nan"))}
-    yield "vgg19 convolutions", base | {"features.16.weight": torch.zeros(256, 256, 3, 3)}, "it is a vgg19 file and not vgg16"
-    yield "batch norm variant", {"features.0.weight": base["features.0.weight"], "features.3.weight": base["features.2.weight"]}, "another network"
-    yield "a convolution missing", {k: v for k, v in base.items() if k != "features.12.bias"}, "conv3_2.bias is missing"
-    yield "a wrong shape", base | {"features.5.weight": torch.zeros(128, 32, 3, 3)}, "conv2_1.weight has shape"
-    yield "not finite", nan, "not finite"
-    yield "another model", {"head.weight": torch.zeros(3)}, "no VGG convolution"
-    yield "no state dict", [torch.zeros(3)], "got list"
+    yield "vgg19 convolutions", base | {"features.16.weight": torch.zeros(256, 256, 3, 3)}, "vgg19.*vgg16"
+    yield "batch norm variant", {"features.0.weight": base["features.0.weight"], "features.3.weight": base["features.2.weight"]}, "another"
+    yield "a convolution missing", {k: v for k, v in base.items() if k != "features.12.bias"}, "conv3_2.bias"
+    yield "a wrong shape", base | {"features.5.weight": torch.zeros(128, 32, 3, 3)}, "conv2_1.weight.*128, 32"
+    yield "not finite", nan, "conv2_1.weight.*finite"
+    yield "another model", {"head.weight": torch.zeros(3)}, "head.weight"
+    yield "no state dict", [torch.zeros(3)], "list"
 
 
 @pytest.mark.parametrize("state, message", [pytest.param(s, m, id=n) for n, s, m in faults()])
 def test_wrong_files_are_refused(state, message, tmp_path):
-    with pytest.raises(VGGFileError, match=message) as error:
+    with pytest.raises(VGGFileError, match=f"wrong.pth.*{message}"):
         VGGTrunk(weights=stored(tmp_path / "wrong.pth", state))
-    assert "wrong.pth" in str(error.value)
 
 
 def test_a_vgg16_file_for_vgg19_is_refused(tmp_path):
-    with pytest.raises(VGGFileError, match="it is a vgg16 file and not vgg19"):
+    with pytest.raises(VGGFileError, match="v.pth.*vgg16.*vgg19"):
         VGGTrunk("vgg19", weights=stored(tmp_path / "v.pth", made_up("vgg16", last=17)))
 
 
@@ -200,7 +199,7 @@ def test_damaged_files_are_refused(form, small, tmp_path):
     path = tmp_path / ("v.safetensors" if form == "safetensors" else "v.pth")
     save_file(small, path) if form == "safetensors" else torch.save(small, path, _use_new_zipfile_serialization=form == "zip")
     path.write_bytes({"empty": b"", "text": b"hello world, no weights here"}.get(form, path.read_bytes()[:path.stat().st_size // 2]))
-    with pytest.raises(VGGFileError, match="v.(pth|safetensors): (truncated or damaged|refused or damaged)"):
+    with pytest.raises(VGGFileError, match=f"{path.name}.*damaged"):
         VGGTrunk(weights=path)
 
 
@@ -209,7 +208,7 @@ def test_pickled_code_is_refused_unrun(tmp_path):
     torch.save({"features.0.weight": Evil()}, tmp_path / "a.pth")
     (tmp_path / "b.pth").write_bytes(pickle.dumps(Evil()))
     for name in ("a.pth", "b.pth"):
-        with pytest.raises(VGGFileError, match="refused"):
+        with pytest.raises(VGGFileError, match=f"{name}.*refused"):
             VGGTrunk(weights=tmp_path / name)
 
 
@@ -223,12 +222,12 @@ def test_export_keeps_features_only_and_loads_the_same(tmp_path):
     for a, b in zip(VGGTrunk(weights=tmp_path)(x), VGGTrunk(weights=source)(x)):
         assert torch.equal(a, b)
     assert _main(["export", str(source), str(tmp_path / "no.safetensors"), "--arch", "vgg19"]) == 1 and not (tmp_path / "no.safetensors").exists()
-    with pytest.raises(VGGFileError, match="cannot be read"):
+    with pytest.raises(VGGFileError, match="absent.pth"):
         write_vgg_features(tmp_path / "absent.pth", tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("options, message", [({"arch": "vgg11"}, "vgg11"), ({"layers": ("relu9_1",)}, "relu9_1"), ({"layers": ()}, "at least one"),
-                                              ({"layers": ("relu1_1", "relu1_1")}, "different"), ({"missing": "zeros"}, "zeros")])
+@pytest.mark.parametrize("options, message", [({"arch": "vgg11"}, "vgg11"), ({"layers": ("relu9_1",)}, "relu9_1"), ({"layers": ()}, r"layers.*\[\]"),
+                                              ({"layers": ("relu1_1", "relu1_1")}, "layers.*relu1_1"), ({"missing": "zeros"}, "zeros")])
 def test_bad_vgg_options(options, message):
     with pytest.raises(ValueError, match=message):
         VGGTrunk(**options)
@@ -317,7 +316,7 @@ def test_self_trained_learns_repeats_and_survives_its_file(tmp_path):
 
 
 def test_self_trained_bad_files(tmp_path):
-    with pytest.raises(ValueError, match="absent.*encoder PATCHES OUT"):
+    with pytest.raises(ValueError, match="absent.*encoder PATCHES"):
         SelfTrained(tmp_path / "absent")
     (tmp_path / "half").write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match="half"):
@@ -331,7 +330,7 @@ def test_self_trained_bad_files(tmp_path):
         SelfTrained(tmp_path / "e")
     with pytest.raises(ValueError, match="path"):
         feature_extractor("self")
-    with pytest.raises(ValueError, match="lower lr"):
+    with pytest.raises(ValueError, match=r"\blr\b"):
         train_encoder(type("B", (), {"batch": lambda self, step: {"clean": torch.full((1, 3, 16, 16), float("nan"))}})(), 2)
 
 
@@ -429,8 +428,8 @@ def test_distance_is_reduced_in_float32_under_autocast():
     assert value.bfloat16().float() != value  # not rounded to bfloat16 on the way
 
 
-@pytest.mark.parametrize("weights, extractor, message", [((.5, .5), RandomTrunk(), "3 feature maps"), ((-1, 1, 1), RandomTrunk(), "weights >= 0"),
-                                                         ((float("nan"),) * 3, RandomTrunk(), "weights"), (None, type("Two", (PixelFeatures,), {"names": ("a", "b")})(), "2 feature maps")])
+@pytest.mark.parametrize("weights, extractor, message", [((.5, .5), RandomTrunk(), r"3.*weights.*0\.5"), ((-1, 1, 1), RandomTrunk(), "weights.*-1"),
+                                                         ((float("nan"),) * 3, RandomTrunk(), "weights"), (None, type("Two", (PixelFeatures,), {"names": ("a", "b")})(), "2.*weights.*None")])
 def test_bad_weights(weights, extractor, message):
     with pytest.raises(ValueError, match=message):
         FeatureDistance(extractor, weights)
@@ -439,9 +438,9 @@ def test_bad_weights(weights, extractor, message):
 def test_bad_criterion_shapes_and_names():
     with pytest.raises(ValueError, match="cosine"):
         FeatureDistance(PixelFeatures(), criterion="cosine")
-    with pytest.raises(ValueError, match=r"\(1, 3, 8, 8\).*\(1, 3, 16, 16\)"):
+    with pytest.raises(ValueError, match="FeatureDistance.* 8, 8.*16, 16"):
         FeatureDistance(PixelFeatures())(image(1, 3, 16, 16), [image(1, 3, 8, 8)])
-    for spec, message in (("vgg", "choose one of"), ({"name": "random", "sed": 1}, "sed"), ({}, "choose one of"), (None, "choose one of")):
+    for spec, message in (("vgg", "extractor.*'vgg'"), ({"name": "random", "sed": 1}, "sed"), ({}, "extractor.*None"), (None, "extractor.*None")):
         with pytest.raises(ValueError, match=message):
             feature_extractor(spec)
 

@@ -241,11 +241,11 @@ def test_the_counter_is_a_tensor_and_an_old_dictionary_loads():
         assert fresh.step == 2 ** 40 + 1 and isinstance(fresh.step, int)
 
 
-@pytest.mark.parametrize("stored, named", [(pack_state(1, 2), "2 numbers"), (pack_state(), "0 numbers"), ({"steps": 3}, "'step'")], ids=["two", "none", "words"])
+@pytest.mark.parametrize("stored, named", [(pack_state(1, 2), r"\b2\b"), (pack_state(), r"\b0\b"), ({"steps": 3}, "'step'")], ids=["two", "none", "words"])
 def test_a_foreign_counter_is_refused(stored, named):
     with pytest.raises(ValueError, match=f"Supervised.*{named}"):
         Supervised(ToyNet()).load_state_dict({**Supervised(ToyNet()).state_dict(), "_extra_state": stored})
-    with pytest.raises(ValueError, match="here.*anew"):
+    with pytest.raises(ValueError, match="here.*step"):
         unpack_state("here", stored, "step")
 
 
@@ -320,7 +320,7 @@ def test_pixel_loss_leaves_autocast_and_checks_shapes():
     with torch.autocast("cpu", torch.bfloat16):
         assert pixel_loss(LOSSES["mse"], x, x.float() + 1e-2).dtype == torch.float32
     assert pixel_loss(LOSSES["l1"], x.double(), x.double()).dtype == torch.float64
-    with pytest.raises(ValueError, match=r"\(1, 3, 64, 64\).*\(1, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match="64, 64.*'clean'.*32, 32"):
         pixel_loss(LOSSES["l1"], x, x[..., :32, :32])
 
 
