@@ -2,6 +2,7 @@
 import copy
 import os
 import pickle
+import re
 import struct
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ def test_two_equal_sections_must_be_chosen(tmp_path, source, net):
     other = make(5)
     stored(tmp_path / "f.pth", {"first": source.state_dict(), "second": other.state_dict()})
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(CheckpointError, match="2 sections fit equally well, 'first', 'second'; choose one with which="): load_weights(net, tmp_path / "f.pth")
+    with pytest.raises(CheckpointError, match="'first', 'second'.*which="): load_weights(net, tmp_path / "f.pth")
     assert same(net.state_dict(), before)
     assert load_weights(net, tmp_path / "f.pth", which="second").complete and same(net.state_dict(), other.state_dict())
 
@@ -175,7 +176,7 @@ def test_any_module(tmp_path):
     assert same(net.state_dict(), source.state_dict()) and "attn_mask" in report.loaded
     state = {k: v for k, v in source.state_dict().items() if k != "norm.num_batches_tracked"}
     assert load_weights(net, stored(tmp_path / "g.pth", state)).complete
-    with pytest.raises(CheckpointError, match="'attn_mask' has shape"): load_weights(Custom(4), tmp_path / "f.pth")
+    with pytest.raises(CheckpointError, match="'attn_mask'.*shape"): load_weights(Custom(4), tmp_path / "f.pth")
 
 
 class Clash(nn.Module):
@@ -257,16 +258,16 @@ def refused(net, path, message, **options):
 
 
 def test_missing_file(tmp_path, net):
-    error = refused(net, tmp_path / "no.pth", "there is no such file; nothing is downloaded")
+    error = refused(net, tmp_path / "no.pth", "no such file")
     assert isinstance(error, CheckpointNotFound) and isinstance(error, FileNotFoundError)
-    refused(net, tmp_path, "cannot be read .*check the path")
+    refused(net, tmp_path, "cannot be read.*path")
 
 
 @pytest.mark.parametrize("data, message", [
-    (b"", "neither a PyTorch nor a safetensors file, it begins with b''"), (b"<!DOCTYPE html>", "was a web page or a pointer"),
-    (b"version https://git-lfs.github.com/spec/v1", "was a web page or a pointer"), (b"PK\x03\x04 and then nothing", "truncated or damaged"),
-    (b"\x80\x02 not a pickle", "truncated or damaged"), (b"\x80", "truncated or damaged"),
-    (struct.pack("<Q", 2**40) + b'{"', "truncated or damaged"), (struct.pack("<Q", 2) + b"{}", "no tensors inside, only an empty dictionary")])
+    (b"", "b''"), (b"<!DOCTYPE html>", "b'<!DOCTYP'.*web page"),
+    (b"version https://git-lfs.github.com/spec/v1", "b'version '.*pointer"), (b"PK\x03\x04 and then nothing", ": truncated"),
+    (b"\x80\x02 not a pickle", ": truncated"), (b"\x80", ": truncated"),
+    (struct.pack("<Q", 2**40) + b'{"', ": truncated"), (struct.pack("<Q", 2) + b"{}", "no tensors.*empty")])
 def test_files_that_are_no_checkpoints(tmp_path, net, data, message):
     (tmp_path / "f.pth").write_bytes(data)
     refused(net, tmp_path / "f.pth", message)
@@ -278,7 +279,7 @@ def test_truncated_files(tmp_path, source, net, form, keep):
     path = stored(tmp_path / "f.pth", source.state_dict(), form)
     data = path.read_bytes()
     path.write_bytes(data[:int(keep * len(data))])
-    refused(net, path, "truncated or damaged .*copy it again")
+    refused(net, path, ": truncated .*copy")
 
 
 def test_a_flipped_bit_in_a_weight(tmp_path, source, net):
@@ -288,7 +289,7 @@ def test_a_flipped_bit_in_a_weight(tmp_path, source, net):
     data[data.find(source.conv_last.bias.detach().numpy().tobytes())] ^= 1
     path.write_bytes(data)
     assert not same(torch.load(path, weights_only=True), source.state_dict())
-    refused(net, path, "truncated or damaged .Bad CRC-32 for file .*copy it again")
+    refused(net, path, ": truncated .*CRC-32.*copy")
 
 
 def test_a_part_marked_as_a_folder(tmp_path, source, net):
@@ -298,7 +299,7 @@ def test_a_part_marked_as_a_folder(tmp_path, source, net):
     name = data.rfind(b"f/data/0PK\x01\x02")                                            # in the archive's table of contents
     data[name - 8] |= 0x10                                                             # its attributes, four bytes before its offset
     path.write_bytes(data)
-    refused(net, path, "'f/data/0' is marked as a folder")
+    refused(net, path, "'f/data/0'.*folder")
 
 
 def test_archives_without_checksums(tmp_path, source, net):
@@ -325,25 +326,25 @@ def test_a_flipped_bit_anywhere_in_an_archive(tmp_path, source, net):
 def test_code_is_refused_unrun(tmp_path, source, net, form):
     proof = tmp_path / "the code has run"
     path = stored(tmp_path / "f.pth", {"params": source.state_dict(), "surprise": Malicious(proof)}, form)
-    refused(net, path, r"refused, it holds code or objects besides tensors \(it wants \w+\.mkdir\), which would run on load; ask for safetensors")
+    refused(net, path, r": refused.*\w\.mkdir.*safetensors")
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         (tmp_path / "g.pth").write_bytes(pickle.dumps({"a": Malicious(proof)}, protocol=protocol))
-        refused(net, tmp_path / "g.pth", r"refused, it holds code .*mkdir\), which would run on load")
+        refused(net, tmp_path / "g.pth", ": refused.*mkdir")
         torch.save({"a": Malicious(proof)}, tmp_path / "g.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=form == "zip")
-        refused(net, tmp_path / "g.pth", r"refused, it holds code .*mkdir\), which would run on load")
+        refused(net, tmp_path / "g.pth", ": refused.*mkdir")
     assert not proof.exists()
-    refused(net, stored(tmp_path / "h.pth", net, form), "refused, it holds code or objects.*EDSR")
+    refused(net, stored(tmp_path / "h.pth", net, form), ": refused.*EDSR")
 
 
 def test_torchscript_is_no_checkpoint(tmp_path, net):
     torch.jit.save(torch.jit.script(nn.Conv2d(3, 3, 1)), str(tmp_path / "f.pt"))
-    refused(net, tmp_path / "f.pt", "TorchScript program, not weights|refused")
+    refused(net, tmp_path / "f.pt", "TorchScript|: refused")
 
 
 @pytest.mark.parametrize("content, message", [
-    ([torch.zeros(2)], "no named weights inside, got a list"), (torch.zeros(2), "no named weights inside, got a Tensor"), (3, "got a int"),
-    ({}, "no tensors inside, only an empty dictionary"), ({"epoch": 3, "loss": [1.0]}, "no tensors inside, only epoch, loss"), ({"params": {"a": 1}}, "no tensors inside, only params"),
-    ({0: torch.zeros(2)}, "no tensors inside")])
+    ([torch.zeros(2)], "no named.* list"), (torch.zeros(2), "no named.* Tensor"), (3, "no named.* int"),
+    ({}, "no tensors.*empty"), ({"epoch": 3, "loss": [1.0]}, "no tensors.*epoch, loss"), ({"params": {"a": 1}}, "no tensors.*params"),
+    ({0: torch.zeros(2)}, "no tensors")])
 def test_files_without_named_tensors(tmp_path, net, content, message): refused(net, stored(tmp_path / "f.pth", content), message)
 
 
@@ -353,30 +354,29 @@ def change(source, **changes):
     return {k: v for k, v in state.items() if v is not None}
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(conv_last__bias=None), "1 of 16 tensors are missing, 'conv_last.bias' for EDSR; it looks like this very network, incompletely saved: get another, or load what fits with strict=False"),
-    (dict(conv_last__bias=None, conv_first__bias=None, body__0__conv1__weight=None), "3 of 16 tensors are missing, 'conv_first.bias', 'body.0.conv1.weight', ... for EDSR"),
-    (dict(conv_last__bias=torch.zeros(4)), r"'conv_last.bias' has shape \(4,\) instead of \(3,\) for EDSR"),
-    (dict(conv_last__bias=torch.zeros(4), conv_first__bias=torch.zeros(9)), r"'conv_first.bias' has shape \(9,\) instead of \(8,\) \(and 1 more\)"),
-    (dict(conv_last__bias=torch.tensor([0, float("nan"), 0])), "'conv_last.bias' has values that are not finite; the file is damaged, or from a failed training: get another"),
-    (dict(conv_last__bias=torch.tensor([0, float("inf"), 0])), "'conv_last.bias' has values that are not finite"),
-    (dict(conv_last__bias=[0.0, 0.0, 0.0]), "'conv_last.bias' is a list, not a tensor"), (dict(conv_last__bias=3), "'conv_last.bias' is a int, not a tensor"),
-    (dict(conv_last__bias=torch.zeros(3, dtype=torch.int64)), "'conv_last.bias' holds torch.int64 instead of torch.float32")])
+@pytest.mark.parametrize("changes, message, broken", [
+    (dict(conv_last__bias=None), "1 of 16.*missing.*'conv_last.bias'.*EDSR.*strict=False", False),
+    (dict(conv_last__bias=None, conv_first__bias=None, body__0__conv1__weight=None), "3 of 16.*missing.*'conv_first.bias', 'body.0.conv1.weight'.*EDSR", False),
+    (dict(conv_last__bias=torch.zeros(4)), r"'conv_last.bias'.*\(4,\).*\(3,\).*EDSR", False),
+    (dict(conv_last__bias=torch.zeros(4), conv_first__bias=torch.zeros(9)), r"'conv_first.bias'.*\(9,\).*\(8,\).*1 more", False),
+    (dict(conv_last__bias=torch.tensor([0, float("nan"), 0])), "'conv_last.bias'.*finite.*get another", True),
+    (dict(conv_last__bias=torch.tensor([0, float("inf"), 0])), "'conv_last.bias'.*finite", True),
+    (dict(conv_last__bias=[0.0, 0.0, 0.0]), "'conv_last.bias'.* list", True), (dict(conv_last__bias=3), "'conv_last.bias'.* int", True),
+    (dict(conv_last__bias=torch.zeros(3, dtype=torch.int64)), "'conv_last.bias'.*int64.*float32", True)])
 @pytest.mark.parametrize("section", [None, "params"])
-def test_flawed_weights(tmp_path, source, net, changes, message, section):
+def test_flawed_weights(tmp_path, source, net, changes, message, broken, section):
     content = change(source, **changes)
     path = stored(tmp_path / "f.pth", content if section is None else {section: prefixed(content, "module.")})
     error = refused(net, path, message)
-    assert ("section 'params'" in str(error)) == (section is not None)
-    if "strict" not in message and ("finite" in message or "instead of torch" in message or "not a tensor" in message):
-        refused(net, path, message, strict=False)
+    assert ("'params'" in str(error)) == (section is not None)
+    if broken: refused(net, path, message, strict=False)
 
 
 @pytest.mark.parametrize("value", [torch.zeros(3, dtype=torch.bool), torch.zeros(3, dtype=torch.complex64), torch.zeros(3).to(torch.float8_e4m3fn), torch.full((3,), 1e300, dtype=torch.float64),
                                    torch.zeros(3, dtype=torch.uint8)])
 def test_another_kind_of_number(tmp_path, source, net, value):
     "Also a fraction that the network's own precision cannot hold."
-    refused(net, stored(tmp_path / "f.pth", change(source, conv_last__bias=value)), "'conv_last.bias' (holds torch.* instead of torch.float32|has values that are not finite)")
+    refused(net, stored(tmp_path / "f.pth", change(source, conv_last__bias=value)), "'conv_last.bias'.*(torch.float32|finite)")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -388,7 +388,7 @@ def test_fractions_of_any_precision(tmp_path, source, net, dtype, form):
 
 @pytest.mark.parametrize("value", [torch.zeros(1).expand(10**6, 10**6), torch.empty(10**12, 0), torch.eye(3).to_sparse(), torch.empty(3, device="meta")])
 def test_tensors_without_memory_of_their_own(tmp_path, source, net, value):
-    refused(net, stored(tmp_path / "f.pth", change(source, conv_last__bias=value)), "'conv_last.bias' is no plain tensor|refused|truncated or damaged")
+    refused(net, stored(tmp_path / "f.pth", change(source, conv_last__bias=value)), "'conv_last.bias'.*plain|: refused|: truncated")
 
 
 def test_a_dictionary_without_a_bottom(tmp_path, source, net):
@@ -396,7 +396,7 @@ def test_a_dictionary_without_a_bottom(tmp_path, source, net):
     for _ in range(200): deep = {"a": deep}
     for _ in range(40): wide = {"a": wide, "b": wide}
     endless = {}; endless["a"] = endless
-    for content in (deep, wide, endless): refused(net, stored(tmp_path / "f.pth", content), "dictionaries deep")
+    for content in (deep, wide, endless): refused(net, stored(tmp_path / "f.pth", content), "deep")
 
 
 def test_an_archive_that_unpacks_to_much_more(tmp_path, source, net):
@@ -404,13 +404,13 @@ def test_an_archive_that_unpacks_to_much_more(tmp_path, source, net):
     path = stored(tmp_path / "f.pth", {"a": torch.zeros(500_000)})
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "g.pth", "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist(): new.writestr(name, old.read(name))
-    refused(net, tmp_path / "g.pth", "would unpack to more than 16 times its size")
+    refused(net, tmp_path / "g.pth", "16 times")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
 def test_a_pipe_is_not_waited_for(tmp_path, net):
     os.mkfifo(tmp_path / "f.pth")
-    refused(net, tmp_path / "f.pth", "cannot be read .not a regular file")
+    refused(net, tmp_path / "f.pth", "regular file")
 
 
 # --- the network is inferred: every tensor must find its place
@@ -442,19 +442,19 @@ def test_what_may_stand_beside_an_inferred_network(tmp_path, form):
     assert name == "FFANet" and same(net.state_dict(), state)
     turned = {{"params": "params_old", "params_old": "params_ema"}.get(at, at): part for at, part in content.items()} if form == "nested" else content
     assert infer_network(stored(tmp_path / "f.pth", turned))[1] == "FFANet"              # what no version uses may stand in the copy
-    with pytest.raises(CheckpointError, match="conv.weight.* would be left out"): infer_network(stored(tmp_path / "g.pth", other))
+    with pytest.raises(CheckpointError, match="conv.weight.*left out"): infer_network(stored(tmp_path / "g.pth", other))
 
 
 def test_a_network_larger_than_its_file(tmp_path, monkeypatch):
     monkeypatch.setattr("irnb.networks.MAX_SPARE", -10**9)
     path = stored(tmp_path / "f.pth", build("UNet", preset="tiny").state_dict())
-    with pytest.raises(CheckpointError, match="far more than the file holds"): infer_network(path)
+    with pytest.raises(CheckpointError, match=r"f.pth: .*\d numbers"): infer_network(path)
 
 
 def test_unknown_section(tmp_path, source, net):
     path = stored(tmp_path / "f.pth", {"params": source.state_dict(), "epoch": 3})
-    refused(net, path, "it has no section 'params_ema'; it has 'params'", which="params_ema")
-    refused(net, path, "it has no section 'epoch'", which="epoch")
+    refused(net, path, "'params_ema'.*'params'", which="params_ema")
+    refused(net, path, "'epoch'.*'params'", which="epoch")
 
 
 FAMILIES = {"NAFNet": {}, "UNet": {}, "RRDB": {}, "FFANet": {}, "EDSR": dict(upscale=3), "SwinIR": dict(upscale=2)}
@@ -465,23 +465,22 @@ FAMILIES = {"NAFNet": {}, "UNet": {}, "RRDB": {}, "FFANet": {}, "EDSR": dict(ups
 def test_another_family_is_named(tmp_path, net, name, wrap):
     other = build(name, preset="tiny", **FAMILIES[name])
     path = stored(tmp_path / "f.pth", WRAPPINGS[wrap](other.state_dict()))
-    error = str(refused(net, path, rf"it looks like build\('{name}', .*\): build that"))
-    call = error[error.index("build("):error.index("): build that") + 1]
-    again = eval(call, {"build": build})                                               # the remedy works
+    error = str(refused(net, path, rf"build\('{name}', .*\)"))
+    again = eval(re.search(r"build\(.*\)", error)[0], {"build": build})                # the remedy works
     assert load_weights(again, path).complete and same(again.state_dict(), other.state_dict())
-    if name not in ("EDSR", "RRDB"): refused(net, path, "none of its tensors fits", strict=False)
+    if name not in ("EDSR", "RRDB"): refused(net, path, rf"none .*EDSR.*build\('{name}'", strict=False)
 
 
 def test_another_size_of_the_same_family_is_named(tmp_path):
     for small, options in ((SwinIR(**SwinIR.PRESETS["tiny"]), dict(preset="tiny", embed_dim=30, upscale=4)), (RRDB(num_feat=8, num_block=1, growth=4), dict(preset="tiny")),
                            (FFANet(3, 2, 16), dict(preset="tiny"))):
         path = stored(tmp_path / "f.pth", {"params": small.state_dict()})
-        refused(build(type(small).__name__, **options), path, rf"it looks like build\('{type(small).__name__}', ")
+        refused(build(type(small).__name__, **options), path, rf"build\('{type(small).__name__}', ")
 
 
 def test_weights_of_nobody_known(tmp_path, net):
     path = stored(tmp_path / "f.pth", {"encoder.stem.kernel": torch.zeros(3), "decoder.out.kernel": torch.zeros(3)})
-    refused(net, path, r"none of its tensors fits for EDSR; no network known here has such names \(encoder.stem.kernel, decoder.out.kernel\): build the right one")
+    refused(net, path, "EDSR.*encoder.stem.kernel, decoder.out.kernel")
 
 
 def test_guesses():
@@ -506,7 +505,7 @@ def test_a_failure_half_way_leaves_the_network_as_it_was(tmp_path, source, net):
 
 def test_a_network_without_memory(tmp_path, source):
     with torch.device("meta"): net = make()
-    with pytest.raises(CheckpointError, match="on the meta device .*to_empty"): load_weights(net, stored(tmp_path / "f.pth", source.state_dict()))
+    with pytest.raises(CheckpointError, match="meta.*to_empty"): load_weights(net, stored(tmp_path / "f.pth", source.state_dict()))
 
 
 def test_the_rest_of_the_network_is_left_alone(tmp_path, source, net):

@@ -53,7 +53,7 @@ def test_the_large_one_is_recognised():
 
 def test_other_networks_are_not_recognised():
     for name in ("NAFNet", "UNet", "RRDB"):
-        with pytest.raises(ValueError, match="EDSR: the weights have no 4-d tensor"): EDSR.options_from_state_dict(build(name, preset="tiny").state_dict())
+        with pytest.raises(ValueError, match="EDSR: .*weight'$"): EDSR.options_from_state_dict(build(name, preset="tiny").state_dict())
     with pytest.raises(ValueError, match="body.0.conv1.weight"):
         EDSR.options_from_state_dict({k: v for k, v in EDSR(4, 1, 2).state_dict().items() if not k.startswith("body")})
 
@@ -216,9 +216,9 @@ def test_the_mean_is_no_weight_and_moves_along():
 # --- refused
 
 @pytest.mark.parametrize("options, message", [
-    (dict(num_feat=0), "num_feat must be >= 1"), (dict(channels=0), "channels"), (dict(num_block=-1), "num_block >= 0"), (dict(img_range=0), "img_range must be > 0, got 0"),
-    (dict(img_range=float("nan")), "img_range"), (dict(upscale=5), "upscale must be 3 or a power of two, got 5"), (dict(upscale=0), "upscale"), (dict(upscale=-2), "upscale"),
-    (dict(upscale=2.0), "upscale .* got 2.0"), (dict(upscale="4"), "upscale .* got '4'")])
+    (dict(num_feat=0), "num_feat"), (dict(channels=0), "channels"), (dict(num_block=-1), "num_block.* -1"), (dict(img_range=0), "img_range"),
+    (dict(img_range=float("nan")), "img_range"), (dict(upscale=5), "upscale.* 5"), (dict(upscale=0), "upscale.* 0"), (dict(upscale=-2), "upscale.* -2"),
+    (dict(upscale=2.0), "upscale.* 2.0"), (dict(upscale="4"), "upscale.* '4'")])
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message): EDSR(**options)
     with pytest.raises(ValueError, match=message): build("EDSR", preset="tiny", **options)

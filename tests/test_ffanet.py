@@ -56,7 +56,7 @@ def test_options_are_read_off_a_state_dict(gps, blocks, dim, channels):
 
 def test_other_networks_are_not_recognised():
     for name in ("NAFNet", "UNet", "RRDB", "EDSR"):
-        with pytest.raises(ValueError, match="FFANet: the weights have no 4-d tensor 'pre.0.weight'"):
+        with pytest.raises(ValueError, match="FFANet: .*'pre.0.weight'"):
             FFANet.options_from_state_dict(build(name, preset="tiny").state_dict())
 
 
@@ -232,8 +232,8 @@ def test_model_file(tmp_path):
 # --- refused
 
 @pytest.mark.parametrize("options, message", [
-    (dict(gps=0), "gps and channels must be >= 1"), (dict(channels=0), "channels"), (dict(blocks=-1), "blocks >= 0, got 3, 3, -1|blocks >= 0"),
-    (dict(dim=0), "multiple of 16, got 0"), (dict(dim=40), "multiple of 16, got 40"), (dict(dim=8), "multiple of 16")])
+    (dict(gps=0), "gps"), (dict(channels=0), "channels"), (dict(blocks=-1), "blocks.* -1"),
+    (dict(dim=0), "dim .* 0$"), (dict(dim=40), "dim .* 40$"), (dict(dim=8), "dim .* 8$")])
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=f"FFANet: .*({message})"): FFANet(**options)
     with pytest.raises(ValueError, match="FFANet"): build("FFANet", preset="tiny", **options)

@@ -445,7 +445,7 @@ def test_normalisations_of_the_codes(norm):
     kinds = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": nn.Identity}
     assert type(net.mlp1[1]) is type(net.mlp2[1]) is kinds[norm] and net.mlp1[2].approximate == "none"
     if norm == "batch":
-        with pytest.raises(ValueError, match="needs a batch of 2 or more in training, got 1"): net(torch.rand(1, 3, 16, 16))
+        with pytest.raises(ValueError, match="batch.*norm='layer'"): net(torch.rand(1, 3, 16, 16))
     else:
         x = torch.rand(3, 3, 16, 16)
         for found, alone in zip(net(x).codes, net(x[:1]).codes): torch.testing.assert_close(found[:1], alone)
@@ -481,7 +481,7 @@ def test_tiles_with_the_code_of_the_whole_picture():
         pieces = {s: tiled(net, x, tile=144, overlap=overlap, margin=radius, multiple=multiple, statistics=s) for s in ("image", "tile")}
     torch.testing.assert_close(pieces["image"], whole, atol=1e-4 * float(whole.std()), rtol=0)
     assert multiple == 16 and overlap < 144 and (pieces["tile"] - whole).abs().max() > 1e-3 * whole.std()
-    with pytest.raises(ValueError, match="total stride as multiple"), torch.no_grad(): tiled(net, x[..., :170], tile=136, overlap=overlap, margin=radius, multiple=8)
+    with pytest.raises(ValueError, match="tiled: .*multiple"), torch.no_grad(): tiled(net, x[..., :170], tile=136, overlap=overlap, margin=radius, multiple=8)
 
 
 # --- options from weights, files
@@ -518,10 +518,10 @@ def test_foreign_weights_are_not_recognised():
             if name == cls.__name__: continue
             with pytest.raises(ValueError, match=f"{cls.__name__}: the weights"): cls.options_from_state_dict(state)
     cousin = {**states["ConStyleNAFNet"], "Process_Module_l1.0.attgamma": torch.zeros(1, 8, 1, 1)}
-    with pytest.raises(ValueError, match="ConStyleNAFNet: the weights' blocks are not NAFNet's"): ConStyleNAFNet.options_from_state_dict(cousin)
-    with pytest.raises(ValueError, match="ConStyleEncoder: the weights have no"): ConStyleEncoder.options_from_state_dict(states["NAFNet"])
+    with pytest.raises(ValueError, match="ConStyleNAFNet: .*blocks"): ConStyleNAFNet.options_from_state_dict(cousin)
+    with pytest.raises(ValueError, match="ConStyleEncoder: .*stage1.0.0"): ConStyleEncoder.options_from_state_dict(states["NAFNet"])
     headless = {k: v for k, v in states["ConStyleRestormer"].items() if not k.startswith("Process_Module_bottom")}
-    with pytest.raises(ValueError, match="a level without blocks"): ConStyleRestormer.options_from_state_dict(headless)
+    with pytest.raises(ValueError, match="ConStyleRestormer: .*level.*heads"): ConStyleRestormer.options_from_state_dict(headless)
 
 
 @pytest.mark.parametrize("cls", FAMILIES)
@@ -549,7 +549,7 @@ def test_a_checkpoint_of_another_family_is_refused(tmp_path):
     torch.save({"params": small(ConStyleConv).float().state_dict()}, tmp_path / "conv.pth")
     net = small().float()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(ValueError, match="it looks like build..ConStyleConv"): load_weights(net, tmp_path / "conv.pth")
+    with pytest.raises(ValueError, match="conv.pth.*build..ConStyleConv"): load_weights(net, tmp_path / "conv.pth")
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
@@ -607,11 +607,11 @@ def test_onnx_runtime_with_free_sides(tmp_path):
 # --- bad input
 
 @pytest.mark.parametrize("options, message", [
-    (dict(dim=6), "dim must be a positive multiple of 4, because .* got 6"), (dict(dim=0), "multiple of 4, because .* got 0"), (dict(left=[1, 1]), "three block counts each"),
-    (dict(right=[1, 1, 1, 1]), "three block counts each"), (dict(bottom=-1), "all counts >= 0"), (dict(left=[1, -1, 1]), "all counts >= 0"),
-    (dict(use="code"), "use must be a sequence of some of"), (dict(use=["codes"]), "use must be a sequence of some of"), (dict(encoder=dict(width=0)), "width must be >= 1"),
-    (dict(encoder=dict(norm="group")), "norm must be 'batch', 'layer' or 'none'"), (dict(encoder=dict(init="xavier")), "init 'torch' or 'kaiming', got .* 'xavier'"),
-    (dict(encoder=dict(slope=2.0)), "slope in"), (dict(encoder=dict(code_dim=0)), "code_dim and width must be >= 1")])
+    (dict(dim=6), ": dim .* 6$"), (dict(dim=0), ": dim .* 0$"), (dict(left=[1, 1]), r"left.*\[1, 1\]"),
+    (dict(right=[1, 1, 1, 1]), r"right.*\[1, 1, 1, 1\]"), (dict(bottom=-1), "counts.* -1,"), (dict(left=[1, -1, 1]), r"left.*\[1, -1, 1\]"),
+    (dict(use="code"), ": use .* 'code'$"), (dict(use=["codes"]), ": use .*'codes'"), (dict(encoder=dict(width=0)), "ConStyleEncoder: .*width"),
+    (dict(encoder=dict(norm="group")), "norm .*'group'"), (dict(encoder=dict(init="xavier")), "init .*'xavier'"),
+    (dict(encoder=dict(slope=2.0)), "slope .* 2.0"), (dict(encoder=dict(code_dim=0)), "ConStyleEncoder: .*code_dim")])
 @pytest.mark.parametrize("cls", FAMILIES)
 def test_bad_options(cls, options, message):
     with pytest.raises(ValueError, match=message): cls(**{**SMALL, **options, **(dict(heads=[1, 1, 1, 1]) if cls is ConStyleRestormer else {})})
@@ -619,26 +619,26 @@ def test_bad_options(cls, options, message):
 
 def test_bad_options_of_one_family():
     for heads in ([1, 2, 4], [1, 2, 4, 0], [1, 3, 4, 8], [16, 2, 4, 8]):
-        with pytest.raises(ValueError, match="heads must be four numbers that divide the widths"): ConStyleRestormer(dim=8, heads=heads)
-    with pytest.raises(ValueError, match="adapter_act must be 'lrelu' or 'prelu', got 'relu'"): GeneralRestorationNet(lambda w, l: nn.Identity(), adapter_act="relu")
+        with pytest.raises(ValueError, match="ConStyleRestormer: heads"): ConStyleRestormer(dim=8, heads=heads)
+    with pytest.raises(ValueError, match="adapter_act .*'relu'"): GeneralRestorationNet(lambda w, l: nn.Identity(), adapter_act="relu")
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (1, 4, 8, 8), (3, 8, 8)])
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_bad_images(shape, conditioned):
-    with pytest.raises(ValueError, match=r"ConStyleNAFNet: the image must be \(B, 3, H, W\)"): small(conditioned=conditioned)(torch.rand(shape))
+    with pytest.raises(ValueError, match=r"ConStyleNAFNet: .*\(B, 3, H, W\)"): small(conditioned=conditioned)(torch.rand(shape))
 
 
 def test_descriptions_of_another_size_and_of_nothing():
     net, bare = small(), small(conditioned=False)
-    with pytest.raises(ValueError, match=r"the first feature map must be \(8, 12\) for this image, got \(12, 8\)"): net.restore(image(16, 24), net.encode(image(24, 16)))
-    with pytest.raises(ValueError, match="there is no encoder"): bare.encode(image(8, 8))
-    with pytest.raises(ValueError, match="nothing can be told"): bare.restore(image(8, 8), net.encode(image(8, 8)))
-    with pytest.raises(ValueError, match="nothing can be told"): bare(image(8, 8), net.encode(image(8, 8)))
+    with pytest.raises(ValueError, match=r"feature map.*\(8, 12\).*\(12, 8\)"): net.restore(image(16, 24), net.encode(image(24, 16)))
+    with pytest.raises(ValueError, match="conditioned=False.*encoder"): bare.encode(image(8, 8))
+    with pytest.raises(ValueError, match="conditioned=False"): bare.restore(image(8, 8), net.encode(image(8, 8)))
+    with pytest.raises(ValueError, match="conditioned=False"): bare(image(8, 8), net.encode(image(8, 8)))
 
 
 @pytest.mark.parametrize("cls", FAMILIES)
 def test_a_batch_of_one_in_training(cls):
-    with pytest.raises(ValueError, match="a batch of 2 or more in training, got 1; use a larger batch, norm='layer', or eval"): small(cls).train()(image(8, 8, batch=1))
+    with pytest.raises(ValueError, match="batch.*norm='layer'.*eval"): small(cls).train()(image(8, 8, batch=1))
     assert small(cls, encoder=dict(width=2, norm="layer")).train()(image(8, 8, batch=1)).shape == (1, 3, 8, 8)
     assert small(cls, conditioned=False).train()(image(8, 8, batch=1)).shape == (1, 3, 8, 8)

@@ -289,8 +289,8 @@ def test_options_are_read_off_a_state_dict(config):
 
 def test_other_networks_are_not_recognised():
     for name in ("NAFNet", "SwinIR", "ConStyleNAFNet", "ConStyleUformer"):
-        with pytest.raises(ValueError, match="ConStyleKBNet: the weights have no"): ConStyleKBNet.options_from_state_dict(build(name, preset="tiny").state_dict())
-    with pytest.raises(ValueError, match="ConStyleNAFNet: the weights' blocks are not NAFNet's"): ConStyleNAFNet.options_from_state_dict(small().state_dict())
+        with pytest.raises(ValueError, match="ConStyleKBNet: the weights"): ConStyleKBNet.options_from_state_dict(build(name, preset="tiny").state_dict())
+    with pytest.raises(ValueError, match="ConStyleNAFNet: .*blocks"): ConStyleNAFNet.options_from_state_dict(small().state_dict())
 
 
 def test_modes_copies_precisions_and_files(tmp_path):
@@ -325,14 +325,14 @@ def test_trains_under_the_contract():
 # --- refused
 
 @pytest.mark.parametrize("options, message", [
-    (dict(bases=0), "ConStyleKBNet: bases must be >= 1, got 0"), (dict(dim=6), "ConStyleKBNet: dim must be a positive multiple of 4.*got 6"), (dict(dim=0), "dim must be"), (dict(dim=-4), "dim must be"),
-    (dict(left=[1, 1]), "left and right must be three block counts"), (dict(bottom=-1), "counts >= 0"), (dict(use=("colour",)), "use must be"), (dict(encoder=dict(norm="group")), "norm must be")])
+    (dict(bases=0), "ConStyleKBNet: bases.* 0$"), (dict(dim=6), "ConStyleKBNet: dim .* 6$"), (dict(dim=0), ": dim .* 0$"), (dict(dim=-4), ": dim .* -4"),
+    (dict(left=[1, 1]), r"left.*\[1, 1\]"), (dict(bottom=-1), "counts.* -1,"), (dict(use=("colour",)), ": use .*colour"), (dict(encoder=dict(norm="group")), "norm .*'group'")])
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message): small(**options)
 
 
 def test_bad_blocks_and_images():
     for c, bases in [(6, 3), (0, 3), (2, 3), (8, 0)]:
-        with pytest.raises(ValueError, match=f"KBBlock: channels must be a positive multiple of 4 and bases >= 1, got {c} and {bases}"): KBBlock(c, bases)
-    with pytest.raises(ValueError, match=r"ConStyleKBNet: the image must be \(B, 3, H, W\), got \(2, 1, 16, 16\)"): small()(torch.rand(2, 1, 16, 16))
-    with pytest.raises(ValueError, match="batch of 2 or more"): small().train()(torch.rand(1, 3, 16, 16))
+        with pytest.raises(ValueError, match=f"channels.*bases.* {c} and {bases}$"): KBBlock(c, bases)
+    with pytest.raises(ValueError, match=r"image.*\(B, 3,.*\(2, 1, 16, 16\)"): small()(torch.rand(2, 1, 16, 16))
+    with pytest.raises(ValueError, match="batch.*norm='layer'"): small().train()(torch.rand(1, 3, 16, 16))

@@ -294,7 +294,7 @@ def test_black_and_white(value, conditioned):
 
 
 def test_the_grid_reaches_everywhere():
-    with pytest.raises(ValueError, match="reaches across"): receptive_radius(small(conditioned=False), largest=160)
+    with pytest.raises(ValueError, match="ConStyleMAXIM.*160"): receptive_radius(small(conditioned=False), largest=160)
 
 
 # --- gradients, controls, copies, files, the contract
@@ -359,7 +359,7 @@ def test_options_are_read_off_a_state_dict(config):
 
 def test_other_networks_are_not_recognised():
     for name in ("NAFNet", "SwinIR", "ConStyleNAFNet", "ConStyleUformer", "ConStyleKBNet"):
-        with pytest.raises(ValueError, match="ConStyleMAXIM: the weights have no"): ConStyleMAXIM.options_from_state_dict(build(name, preset="tiny").state_dict())
+        with pytest.raises(ValueError, match="ConStyleMAXIM: the weights"): ConStyleMAXIM.options_from_state_dict(build(name, preset="tiny").state_dict())
     for name in ("ConStyleNAFNet", "ConStyleUformer", "ConStyleKBNet"):
         import irnb.networks
         with pytest.raises(ValueError, match=f"{name}: the weights"): getattr(irnb.networks, name).options_from_state_dict(small().state_dict())
@@ -397,15 +397,15 @@ def test_trains_under_the_contract():
 # --- refused
 
 @pytest.mark.parametrize("options, message", [
-    (dict(sizes=[4, 4, 2]), r"ConStyleMAXIM: sizes must be four numbers >= 1.*got \[4, 4, 2\]"), (dict(sizes=[4, 4, 2, 0]), "sizes must be"), (dict(bottlenecks=0), "bottlenecks and groups must be >= 1, got 0 and 1"),
-    (dict(groups=0), "got 1 and 0"), (dict(dim=6), "ConStyleMAXIM: dim must be a positive multiple of 4.*got 6"), (dict(dim=0), "dim must be"), (dict(dim=-4), "dim must be"), (dict(use=("colour",)), "use must be"),
-    (dict(encoder=dict(norm="group")), "norm must be")])
+    (dict(sizes=[4, 4, 2]), r"ConStyleMAXIM: sizes.*\[4, 4, 2\]"), (dict(sizes=[4, 4, 2, 0]), r"sizes.* 0\]"), (dict(bottlenecks=0), "bottlenecks.* 0 and 1"),
+    (dict(groups=0), "groups.* 1 and 0"), (dict(dim=6), "ConStyleMAXIM: dim .* 6$"), (dict(dim=0), ": dim .* 0$"), (dict(dim=-4), ": dim .* -4"), (dict(use=("colour",)), ": use .*colour"),
+    (dict(encoder=dict(norm="group")), "norm .*'group'")])
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message): small(**options)
 
 
 def test_bad_images():
     net = small()
-    with pytest.raises(ValueError, match=r"ConStyleMAXIM: the image must be \(B, 3, H, W\), got \(2, 1, 16, 16\)"): net(torch.rand(2, 1, 16, 16))
-    with pytest.raises(ValueError, match="batch of 2 or more"): net.train()(torch.rand(1, 3, 16, 16))
-    with pytest.raises(ValueError, match="encode an image of the same size"): net.eval().restore(torch.rand(1, 3, 32, 32), net.encode(torch.rand(1, 3, 16, 16)))
+    with pytest.raises(ValueError, match=r"image.*\(B, 3,.*\(2, 1, 16, 16\)"): net(torch.rand(2, 1, 16, 16))
+    with pytest.raises(ValueError, match="batch.*norm='layer'"): net.train()(torch.rand(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="feature map.*encode"): net.eval().restore(torch.rand(1, 3, 32, 32), net.encode(torch.rand(1, 3, 16, 16)))

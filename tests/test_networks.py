@@ -177,12 +177,12 @@ def test_export_trace_and_pickle():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(enc_blk_nums=[1]), "same length"), (dict(width=0), "width must be >= 1"), (dict(middle_blk_num=-1), "block counts"), (dict(img_channel=0), "img_channel")])
+    (dict(enc_blk_nums=[1]), "enc_blk_nums"), (dict(width=0), "width"), (dict(middle_blk_num=-1), "counts.*-1"), (dict(img_channel=0), "img_channel")])
 def test_nafnet_refuses(options, message):
     with pytest.raises(ValueError, match=message): NAFNet(**options)
 
 
-@pytest.mark.parametrize("options, message", [(dict(in_channels=4), "residual=False"), (dict(depth=0), "depth must be >= 1")])
+@pytest.mark.parametrize("options, message", [(dict(in_channels=4), "residual=False"), (dict(depth=0), "depth")])
 def test_unet_refuses(options, message):
     with pytest.raises(ValueError, match=message): UNet(**options)
 
@@ -229,8 +229,8 @@ def test_local_pooling_windows_and_weights():
 
 
 def test_local_pooling_refuses():
-    with pytest.raises(ValueError, match="no nn.AdaptiveAvgPool2d"): local_pooling(UNet(width=2), 64)
-    with pytest.raises(ValueError, match="train_size must be >= 1"): local_pooling(NAFNet(**TINY), 0)
+    with pytest.raises(ValueError, match="UNet.*AdaptiveAvgPool2d"): local_pooling(UNet(width=2), 64)
+    with pytest.raises(ValueError, match="train_size"): local_pooling(NAFNet(**TINY), 0)
 
 
 # --- receptive radius
@@ -266,7 +266,7 @@ def test_radius_leaves_the_network_alone_and_reports_the_unbounded():
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)).train()
     before = copy.deepcopy(net.state_dict())
     assert receptive_radius(net, 1) == 1 and net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    with pytest.raises(ValueError, match="Mean reaches across 100 px"): receptive_radius(Mean(), largest=100)
+    with pytest.raises(ValueError, match="Mean.*100"): receptive_radius(Mean(), largest=100)
 
 
 # --- rooms
@@ -303,10 +303,10 @@ def test_room_is_lazy_and_needs_no_registry(package):
 
 def test_room_refuses_unknown_and_ambiguous_names(package):
     module, add = package
-    with pytest.raises(AttributeError, match="nothing yet"): module.One
+    with pytest.raises(AttributeError, match="'One'.*nothing"): module.One
     add("a", "__all__ = ['Same']\nSame = 1\n"), add("b", "__all__ = ['Same', 'Other']\nSame = 2\nOther = 3\n")
-    with pytest.raises(AttributeError, match="offers Other, Same"): module.Nothing
-    with pytest.raises(AttributeError, match="ambiguous: it is defined in a and b"): module.Same
+    with pytest.raises(AttributeError, match="'Nothing'.*Other, Same"): module.Nothing
+    with pytest.raises(AttributeError, match="Same.* a and b"): module.Same
     with pytest.raises(AttributeError): module.__wrapped__
     with pytest.raises(ImportError): exec(f"from {module.__name__} import Nothing")
 
@@ -328,9 +328,9 @@ def test_build(tmp_path):
 
 
 @pytest.mark.parametrize("name, options, message", [
-    ("Nafnet", {}, "'Nafnet' is unknown.*known: .*NAFNet"), ("no.such.Net", {}, "'no.such.Net' is unknown"), ("torch.nn.Nothing", {}, "unknown"),
-    ("gate", {}, "'gate' is not an nn.Module class"), ("os.system", {}, "not an nn.Module"), ("NAFNet", dict(preset="big"), "preset 'big' is unknown; known: tiny"),
-    ("NAFNet", dict(depth=2), "option 'depth' is unknown; known: img_channel, width"), ("torch.nn.ReLU", dict(preset="x"), "known: none")])
+    ("Nafnet", {}, "'Nafnet'.*NAFNet"), ("no.such.Net", {}, "'no.such.Net'"), ("torch.nn.Nothing", {}, "'torch.nn.Nothing'"),
+    ("gate", {}, "'gate'.*Module"), ("os.system", {}, "'os.system'.*Module"), ("NAFNet", dict(preset="big"), "preset 'big'.*tiny"),
+    ("NAFNet", dict(depth=2), "option 'depth'.*img_channel, width"), ("torch.nn.ReLU", dict(preset="x"), "preset 'x'.*none")])
 def test_build_refuses(name, options, message):
     with pytest.raises(ValueError, match=message): build(name, **options)
 
@@ -380,7 +380,7 @@ def test_a_strategy_ships_its_own_module(tmp_path, installed):
     shipped = Doubling.restorer_for(awake(build("NAFNet", preset="tiny")), 3)
     spec = {**SPEC, "strategy": {"name": "doubling", "class": "a_strategy.Doubling", "options": {"gain": 5}}}
     save_model(tmp_path/"m", shipped, spec)
-    with pytest.raises(ModelError, match="m: it names the class 'a_strategy.Doubling'.*trust=True.*--trust"): load_model(tmp_path/"m")
+    with pytest.raises(ModelError, match="m: .*a_strategy.Doubling.*trust=True.*--trust"): load_model(tmp_path/"m")
     again, read = load_model(tmp_path/"m", trust=True)
     x = torch.rand(1, 3, 9, 9)
     assert isinstance(again, Doubled) and again.gain.item() == 3 and torch.equal(again(x), shipped(x)) and read["strategy"] == spec["strategy"]
@@ -399,38 +399,38 @@ def put(key, value): return lambda tensors: {**tensors, key: value}
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda p: p, "cannot be read .*check the path"),
+    (lambda p: p, "cannot be read.*path"),
     (lambda p: p.mkdir() or p, "cannot be read"),
-    (lambda p: p.write_bytes(b"") and p or p, "not a model file"),
-    (lambda p: p.write_text("hello, world") and p, "not a model file, it begins with b'hello, w'"),
-    (lambda p: p.write_bytes(written(p).read_bytes()[:-10]) and p, "truncated or damaged"),
-    (lambda p: p.write_bytes(written(p).read_bytes()[:100]) and p, "truncated or damaged"),
-    (lambda p: p.write_bytes(struct.pack("<Q", 2**40) + b'{"') and p, "truncated or damaged"),
-    (lambda p: written(p, metadata={}), "no usable 'irnb' entry"),
-    (lambda p: written(p, metadata={"irnb": "{not json"}), "no usable 'irnb' entry.*not json"),
-    (lambda p: written(p, metadata={"irnb": "[1]"}), "no usable 'irnb' entry"),
-    (lambda p: written(p, spec={"network": "NAFNet"}), "the spec names no network, got 'NAFNet'"),
-    (lambda p: written(p, spec={}), "the spec names no network, got None"),
-    (lambda p: written(p, spec={"network": {"name": "Nothing", "options": {}}}), "network 'Nothing' is unknown"),
-    (lambda p: written(p, spec={"network": {"name": "NAFNet", "options": {"depth": 3}}}), "option 'depth' is unknown"),
-    (lambda p: written(p, spec={"network": {"name": "NAFNet", "options": {"width": "wide"}}}), "cannot be built"),
-    (lambda p: written(p, spec={"network": {"name": "UNet", "options": {"preset": "tiny"}}}), "'downs.0.0.weight' is missing for UNet"),
-    (lambda p: written(p, spec={"network": {"name": "NAFNet", "options": {**TINY, "width": 8}}}), r"'intro.weight' has shape \(16, 3, 3, 3\) instead of \(8, 3, 3, 3\)"),
-    (lambda p: written(p, change=drop("middle_blks.0.beta")), "'middle_blks.0.beta' is missing"),
-    (lambda p: written(p, change=put("extra", torch.zeros(1))), "'extra' is unexpected"),
-    (lambda p: written(p, change=put("intro.bias", torch.full((16,), float("nan")))), "'intro.bias' has values that are not finite"),
-    (lambda p: written(p, spec={**SPEC, "strategy": "supervised"}), "the strategy has no class"),
-    (lambda p: written(p, spec={**SPEC, "strategy": {"class": "no_such_package.Strategy"}}), "'no_such_package.Strategy' cannot be imported .*install"),
-    (lambda p: written(p, spec={**SPEC, "strategy": {"class": "os.system"}}), "not a strategy class"),
-    (lambda p: written(p, spec={**SPEC, "strategy": {"class": "a_strategy.Doubling", "options": {"loss": 1}}}), "cannot be built .*loss"),
+    (lambda p: p.write_bytes(b"") and p or p, "b''"),
+    (lambda p: p.write_text("hello, world") and p, "b'hello, w'"),
+    (lambda p: p.write_bytes(written(p).read_bytes()[:-10]) and p, "truncated"),
+    (lambda p: p.write_bytes(written(p).read_bytes()[:100]) and p, "truncated"),
+    (lambda p: p.write_bytes(struct.pack("<Q", 2**40) + b'{"') and p, "truncated"),
+    (lambda p: written(p, metadata={}), "'irnb'"),
+    (lambda p: written(p, metadata={"irnb": "{not json"}), "'irnb'.*not json"),
+    (lambda p: written(p, metadata={"irnb": "[1]"}), r"'irnb'.*\[1\]"),
+    (lambda p: written(p, spec={"network": "NAFNet"}), "no network.*'NAFNet'"),
+    (lambda p: written(p, spec={}), "no network.*None"),
+    (lambda p: written(p, spec={"network": {"name": "Nothing", "options": {}}}), "network 'Nothing'"),
+    (lambda p: written(p, spec={"network": {"name": "NAFNet", "options": {"depth": 3}}}), "option 'depth'"),
+    (lambda p: written(p, spec={"network": {"name": "NAFNet", "options": {"width": "wide"}}}), "'width'.*'wide'"),
+    (lambda p: written(p, spec={"network": {"name": "UNet", "options": {"preset": "tiny"}}}), "'downs.0.0.weight'.*missing.*UNet"),
+    (lambda p: written(p, spec={"network": {"name": "NAFNet", "options": {**TINY, "width": 8}}}), r"'intro.weight'.*\(16, .*\(8, "),
+    (lambda p: written(p, change=drop("middle_blks.0.beta")), "'middle_blks.0.beta'.*missing"),
+    (lambda p: written(p, change=put("extra", torch.zeros(1))), "'extra'"),
+    (lambda p: written(p, change=put("intro.bias", torch.full((16,), float("nan")))), "'intro.bias'.*finite"),
+    (lambda p: written(p, spec={**SPEC, "strategy": "supervised"}), "strategy.*'supervised'"),
+    (lambda p: written(p, spec={**SPEC, "strategy": {"class": "no_such_package.Strategy"}}), "'no_such_package.Strategy'.*install"),
+    (lambda p: written(p, spec={**SPEC, "strategy": {"class": "os.system"}}), "'os.system'.*restorer_for"),
+    (lambda p: written(p, spec={**SPEC, "strategy": {"class": "a_strategy.Doubling", "options": {"loss": 1}}}), "built .*'loss'"),
 ])
 def test_bad_model_files_are_refused(tmp_path, installed, make, message):
     path = make(tmp_path/"model.safetensors")
-    foreign = any(name in message for name in ("no_such_package", "not a strategy class", "loss"))
+    foreign = any(name in message for name in ("no_such_package", "os.system", "'loss'"))
     with pytest.raises(ModelError, match=message) as caught: load_model(path, trust=foreign)
     assert str(path) in str(caught.value) and isinstance(caught.value, ValueError)
     if foreign:
-        with pytest.raises(ModelError, match="pass trust=True to load_model, or --trust on the command line"): load_model(path)
+        with pytest.raises(ModelError, match="trust=True.*--trust"): load_model(path)
 
 
 # --- what a file may claim
@@ -442,7 +442,7 @@ def test_no_foreign_module_is_imported(tmp_path, monkeypatch, dotted, as_strateg
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     spec = {**SPEC, "strategy": {"class": dotted}} if as_strategy else {"network": {"name": dotted, "options": {}}}
-    with pytest.raises(ModelError, match=f"model: it names the class '{dotted}'.*trust=True"): load_model(written(tmp_path/"model", spec=spec))
+    with pytest.raises(ModelError, match=f"model: .*'{dotted}'.*trust=True"): load_model(written(tmp_path/"model", spec=spec))
     assert not (tmp_path/"the payload has run").exists() and "payload" not in sys.modules
     if dotted == "payload.Net":                                                        # the remedy does what it says
         with pytest.raises(ModelError): load_model(tmp_path/"model", trust=True)
@@ -466,9 +466,9 @@ def test_a_class_that_irnb_merely_imported_is_foreign(tmp_path, monkeypatch, as_
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"middle_blk_num": 10**6}, "middle_blk_num|beyond the limit of 65536"), ({"middle_blk_num": 60_000}, "far more layers than the 100 tensors"), ({"enc_blk_nums": [50_000], "dec_blk_nums": [1]}, "far more layers"),
-    ({"width": 65_536}, r"'intro.weight' has shape \(16, 3, 3, 3\) instead of \(65536, 3, 3, 3\)"), ({"width": -10**30}, "beyond the limit"), ({"width": 10**4000}, "beyond the limit"), ({"width": "16"}, "'width' must be int, got '16'"),
-    ({"width": 16.0}, "'width' must be int"), ({"width": True}, "'width' must be int"), ({"enc_blk_nums": [[[10**9]]]}, "beyond the limit"), ({"width": None}, "'width' must be int"), ([1], "cannot be built"), ("x", "cannot be built"), (None, "cannot be built")])
+    ({"middle_blk_num": 10**6}, "1000000.*65536"), ({"middle_blk_num": 60_000}, "layers.*100 tensors"), ({"enc_blk_nums": [50_000], "dec_blk_nums": [1]}, "layers.*100 tensors"),
+    ({"width": 65_536}, r"'intro.weight'.*\(16, .*\(65536, "), ({"width": -10**30}, "NAFNet.*65536"), ({"width": 10**4000}, "NAFNet.*65536"), ({"width": "16"}, "'width'.*int.*'16'"),
+    ({"width": 16.0}, "'width'.*int.*16.0"), ({"width": True}, "'width'.*int.*True"), ({"enc_blk_nums": [[[10**9]]]}, "NAFNet.*65536"), ({"width": None}, "'width'.*int.*None"), ([1], "cannot be built"), ("x", "cannot be built"), (None, "cannot be built")])
 def test_options_are_bounded_before_anything_is_built(tmp_path, options, message):
     spec = {"network": {"name": "NAFNet", "options": {**TINY, **options} if isinstance(options, dict) else options}}
     with pytest.raises(ModelError, match=message): load_model(written(tmp_path/"model", spec=spec))
@@ -482,14 +482,14 @@ def test_wide_layers_are_compared_before_they_are_allocated(tmp_path, monkeypatc
         devices.update(p.device.type for p in self.parameters())
     path = written(tmp_path/"model", spec={"network": {"name": "NAFNet", "options": {**TINY, "width": 60_000}}})
     monkeypatch.setattr(NAFNet, "__init__", built)
-    with pytest.raises(ModelError, match="'intro.weight' has shape"): load_model(path)
+    with pytest.raises(ModelError, match="'intro.weight'.*60000"): load_model(path)
     assert devices == {"meta"}
 
 
 def test_the_limits_leave_no_trace(tmp_path):
     "After a rehearsal, finished or stopped, networks are built as before."
     from irnb.networks import _bounded
-    with pytest.raises(ValueError, match="far more layers"), _bounded(1): NAFNet(middle_blk_num=500)
+    with pytest.raises(ValueError, match="layers"), _bounded(1): NAFNet(middle_blk_num=500)
     net = NAFNet(**{**TINY, "middle_blk_num": 40})
     assert {p.device.type for p in net.parameters()} == {"cpu"}
 
@@ -499,7 +499,7 @@ def test_the_limits_leave_no_trace(tmp_path):
 def test_another_kind_of_number_is_refused(tmp_path, dtype, key):
     "Bytes read as another kind would restore a picture all the same."
     path = written(tmp_path/"model", change=lambda t: {**t, key: torch.ones_like(t[key]).to(dtype)})
-    with pytest.raises(ModelError, match=f"'{key}' holds .* instead of torch.float32"): load_model(path)
+    with pytest.raises(ModelError, match=f"'{key}'.*torch.float32"): load_model(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -513,7 +513,7 @@ def test_any_precision_is_a_fraction(tmp_path, dtype):
 
 def test_a_fraction_that_the_network_cannot_hold(tmp_path):
     path = written(tmp_path/"model", change=lambda t: {**t, "intro.bias": torch.full((16,), 1e300, dtype=torch.float64)})
-    with pytest.raises(ModelError, match="'intro.bias' has values that are not finite"): load_model(path)
+    with pytest.raises(ModelError, match="'intro.bias'.*finite"): load_model(path)
 
 
 class Counting(nn.Module):
@@ -528,7 +528,7 @@ class Counting(nn.Module):
 def test_counters_are_whole(tmp_path, installed):
     spec = {"network": {"name": "a_strategy.Counting", "options": {}}}
     assert load_model(written(tmp_path/"m", Counting(), spec), trust=True)[0].norm.num_batches_tracked == 0
-    with pytest.raises(ModelError, match="num_batches_tracked' holds torch.float32 instead of torch.int64"):
+    with pytest.raises(ModelError, match="num_batches_tracked'.*int64"):
         load_model(written(tmp_path/"m", Counting(), spec, lambda t: {**t, "norm.num_batches_tracked": torch.tensor(0.5)}), trust=True)
 
 
@@ -552,7 +552,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
         assert all(torch.equal(v, net.state_dict()[k]) for k, v in again.state_dict().items()) and {k: v for k, v in read.items() if "sha" not in k} == wanted, at
     weight = bytearray(content); weight[-5] ^= 1
     (tmp_path/"n").write_bytes(weight)
-    with pytest.raises(ModelError, match="n: damaged or edited.*SHA-256"): load_model(tmp_path/"n")
+    with pytest.raises(ModelError, match="n: .*SHA-256"): load_model(tmp_path/"n")
 
 
 def test_the_checksum_is_in_the_one_entry_and_does_not_depend_on_order(tmp_path):
@@ -573,7 +573,7 @@ def test_the_checksum_is_in_the_one_entry_and_does_not_depend_on_order(tmp_path)
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path/"m")
-    with pytest.raises(ModelError, match="m: cannot be read .not a regular file"): load_model(tmp_path/"m")
+    with pytest.raises(ModelError, match="m: .*regular file"): load_model(tmp_path/"m")
 
 
 def test_every_network_and_every_shipped_module_can_be_rehearsed(tmp_path):
@@ -585,10 +585,10 @@ def test_every_network_and_every_shipped_module_can_be_rehearsed(tmp_path):
 
 
 @pytest.mark.parametrize("net, spec, message", [
-    (None, {}, "'network'"), (None, {"network": {"name": "NAFNet", "options": {"size": 1}}}, "option 'size' is unknown"),
-    (None, {**SPEC, "when": object()}, "not JSON serializable"), (None, {**SPEC, "psnr": float("nan")}, "not JSON compliant"),
-    (lambda: build("UNet", preset="tiny"), SPEC, "not saved, 'intro.weight' is missing"),
-    (lambda: NAFNet(**{**TINY, "width": 8}), SPEC, "not saved, 'intro.weight' has shape")])
+    (None, {}, "'network'"), (None, {"network": {"name": "NAFNet", "options": {"size": 1}}}, "option 'size'"),
+    (None, {**SPEC, "when": object()}, "object .*JSON"), (None, {**SPEC, "psnr": float("nan")}, "float .*JSON"),
+    (lambda: build("UNet", preset="tiny"), SPEC, "'intro.weight'.*missing"),
+    (lambda: NAFNet(**{**TINY, "width": 8}), SPEC, "'intro.weight'.*shape")])
 def test_save_refuses_what_could_not_be_loaded(tmp_path, net, spec, message):
     with pytest.raises(ModelError, match=message): save_model(tmp_path/"m", net() if net else NAFNet(**TINY), spec)
     assert list(tmp_path.iterdir()) == []
@@ -597,7 +597,7 @@ def test_save_refuses_what_could_not_be_loaded(tmp_path, net, spec, message):
 def test_save_refuses_weights_that_are_not_finite(tmp_path):
     net = NAFNet(**TINY)
     with torch.no_grad(): net.middle_blks[0].gamma[0, 2] = float("inf")
-    with pytest.raises(ModelError, match="'middle_blks.0.gamma' has values that are not finite"): save_model(tmp_path/"m", net, SPEC)
+    with pytest.raises(ModelError, match="'middle_blks.0.gamma'.*finite"): save_model(tmp_path/"m", net, SPEC)
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -607,7 +607,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch)
     def full(descriptor):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(ValueError, match="m: cannot be written .No space left on device.*free space"): save_model(path, awake(net), SPEC)
+    with pytest.raises(ValueError, match="m: .*No space left.*free"): save_model(path, awake(net), SPEC)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
@@ -646,15 +646,15 @@ class Malicious:
 def test_pickled_code_is_refused_unrun(tmp_path, store):
     proof, path = tmp_path/"the code has run", tmp_path/"public.pth"
     store({"params": NAFNet(**TINY).state_dict(), "surprise": Malicious(proof)}, path)
-    with pytest.raises(ModelError, match="refused, it holds code or objects besides tensors"): load_model(path)
+    with pytest.raises(ModelError, match=": refused.*safetensors"): load_model(path)
     assert not proof.exists()
 
 
 @pytest.mark.parametrize("content, message", [
-    ({"params": {"conv.weight": torch.zeros(3)}}, "weights of an unknown network; known: .*NAFNet"), ({"params": {}}, "no tensors inside"), ([torch.zeros(2)], "no named weights"),
-    (torch.zeros(3), "no named weights"), ({"params": {"a": 3}}, "no tensors inside"), ({"epoch": 3}, "no tensors inside"),
-    ({"params": drop("norm")({k: v for k, v in NAFNet(**TINY).state_dict().items() if "middle_blks.0.norm1" not in k})}, "2 of 100 tensors are missing, 'middle_blks.0.norm1.weight'"),
-    ({"params": put("intro.bias", torch.full((16,), float("inf")))(NAFNet(**TINY).state_dict())}, "'intro.bias' has values that are not finite")])
+    ({"params": {"conv.weight": torch.zeros(3)}}, "unknown network.*NAFNet"), ({"params": {}}, "no tensors.*params"), ([torch.zeros(2)], "no named.*list"),
+    (torch.zeros(3), "no named.*Tensor"), ({"params": {"a": 3}}, "no tensors.*params"), ({"epoch": 3}, "no tensors.*epoch"),
+    ({"params": drop("norm")({k: v for k, v in NAFNet(**TINY).state_dict().items() if "middle_blks.0.norm1" not in k})}, "2 of 100.*missing.*'middle_blks.0.norm1.weight'"),
+    ({"params": put("intro.bias", torch.full((16,), float("inf")))(NAFNet(**TINY).state_dict())}, "'intro.bias'.*finite")])
 def test_bad_checkpoints_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path/"c.pth")
     with pytest.raises(ModelError, match=message): load_model(tmp_path/"c.pth")
@@ -664,7 +664,7 @@ def test_bad_checkpoints_are_refused(tmp_path, content, message):
 def test_truncated_checkpoint(tmp_path, keep):
     torch.save(NAFNet(**TINY).state_dict(), tmp_path/"c.pth")
     (tmp_path/"c.pth").write_bytes((tmp_path/"c.pth").read_bytes()[:keep])
-    with pytest.raises(ModelError, match="truncated or damaged"): load_model(tmp_path/"c.pth")
+    with pytest.raises(ModelError, match=": truncated"): load_model(tmp_path/"c.pth")
 
 
 def test_any_network_becomes_a_super_resolver(tmp_path):

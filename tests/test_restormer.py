@@ -268,7 +268,7 @@ def test_copies_and_gradients():
 
 
 def test_radius_is_unbounded():
-    with pytest.raises(ValueError, match="reaches across"): receptive_radius(build("Restormer", preset="tiny"), largest=128)
+    with pytest.raises(ValueError, match="Restormer.*128"): receptive_radius(build("Restormer", preset="tiny"), largest=128)
 
 
 # --- options from weights, files
@@ -305,7 +305,7 @@ def test_a_factor_that_gives_the_same_widths(dim, factor):
 
 def test_factors():
     assert factor_behind([(48, 127), (96, 255), (192, 510), (384, 1021)]) == 2.66 and factor_behind([(10, 25)]) == 2.5
-    with pytest.raises(ValueError, match="no single expansion factor"): factor_behind([(48, 127), (96, 192)])
+    with pytest.raises(ValueError, match="expansion factor.*widths"): factor_behind([(48, 127), (96, 192)])
 
 
 def test_blocks_in():
@@ -329,14 +329,14 @@ def test_files_there_and_back(tmp_path):
 def test_the_other_normalisation_is_refused_with_the_remedy(tmp_path):
     torch.save({"params": small().float().state_dict()}, tmp_path / "biased.pth")
     wrong = Restormer(**{**TINY, "dim": 8, "heads": [1, 2, 4, 8]})
-    with pytest.raises(ValueError, match="it looks like build..Restormer"): load_weights(wrong, tmp_path / "biased.pth")
+    with pytest.raises(ValueError, match="biased.pth.*build..Restormer"): load_weights(wrong, tmp_path / "biased.pth")
     assert guess_network(small().float().state_dict())[0] == "Restormer"
 
 
 @pytest.mark.parametrize("name", ["NAFNet", "UNet", "SwinIR", "FFANet", "ConStyleRestormer", "ConStyleNAFNet"])
 def test_other_networks_are_not_recognised(name):
     state = build(name, preset="tiny").state_dict()
-    with pytest.raises(ValueError, match="Restormer: the weights have no"): Restormer.options_from_state_dict(state)
+    with pytest.raises(ValueError, match="Restormer: the weights"): Restormer.options_from_state_dict(state)
     with pytest.raises(ValueError): NAFNet.options_from_state_dict(small().state_dict())
 
 
@@ -376,14 +376,14 @@ def test_onnx_runtime_agrees(tmp_path):
 # --- bad input
 
 @pytest.mark.parametrize("options, message", [
-    (dict(inp_channels=6), "inp_channels must equal out_channels"), (dict(inp_channels=0), "inp_channels must equal"), (dict(LayerNorm_type="biased"), "'WithBias' or 'BiasFree', got 'biased'"),
-    (dict(num_blocks=[1, 1, 1]), "four entries each"), (dict(heads=[1, 2, 4]), "four entries each"), (dict(num_blocks=[1, -1, 1, 1]), "counts must be >= 0"),
-    (dict(num_refinement_blocks=-1), "counts must be >= 0"), (dict(dim=3, heads=[1, 1, 1, 1]), "positive even number, got 3"), (dict(dim=0), "positive even number, got 0"),
-    (dict(heads=[1, 3, 4, 8]), r"heads must divide the widths \[4, 8, 16, 32\]"), (dict(heads=[0, 2, 4, 8]), "heads must divide"), (dict(ffn_expansion_factor=0.1), "ffn_expansion_factor must be")])
+    (dict(inp_channels=6), "inp_channels.* 6 and"), (dict(inp_channels=0), "inp_channels.* 0 and"), (dict(LayerNorm_type="biased"), "LayerNorm_type.*'biased'"),
+    (dict(num_blocks=[1, 1, 1]), r"num_blocks.*\[1, 1, 1\]"), (dict(heads=[1, 2, 4]), r"heads.*\[1, 2, 4\]"), (dict(num_blocks=[1, -1, 1, 1]), r"num_blocks.*\[1, -1"),
+    (dict(num_refinement_blocks=-1), "counts.* -1$"), (dict(dim=3, heads=[1, 1, 1, 1]), ": dim .* 3$"), (dict(dim=0), ": dim .* 0$"),
+    (dict(heads=[1, 3, 4, 8]), r"heads.*\[4, 8, 16, 32\].*\[1, 3,"), (dict(heads=[0, 2, 4, 8]), r"heads.*\[0, 2,"), (dict(ffn_expansion_factor=0.1), "ffn_expansion_factor.* 0.1")])
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message): Restormer(**{**TINY, **options})
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (1, 4, 8, 8), (3, 8, 8)])
 def test_bad_images(shape):
-    with pytest.raises(ValueError, match=r"the image must be \(B, 3, H, W\)"): Restormer(**TINY)(torch.rand(shape))
+    with pytest.raises(ValueError, match=r"image.*\(B, 3, H, W\)"): Restormer(**TINY)(torch.rand(shape))

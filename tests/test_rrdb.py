@@ -48,7 +48,7 @@ def test_state_dict_names_and_shapes():
 
 def test_options_of_another_network_are_refused():
     for state in ({}, build("NAFNet", preset="tiny").state_dict(), {"conv_first.weight": torch.zeros(3)}, {"conv_first.weight": torch.zeros(4, 3, 3, 3)}):
-        with pytest.raises(ValueError, match="RRDB: the weights have no 4-d tensor"): RRDB.options_from_state_dict(state)
+        with pytest.raises(ValueError, match="RRDB: .*weight'$"): RRDB.options_from_state_dict(state)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 3), (17, 32)])
@@ -199,7 +199,7 @@ def test_half_of_the_upsampling_is_refused(tmp_path, change):
 
 @pytest.mark.parametrize("scale", [0, 3, 8, -4, 2.0, True, "4"])
 def test_bad_scales(scale):
-    with pytest.raises(ValueError, match="RRDB: scale must be 1, 2, 4 or None"): RRDB(num_feat=4, num_block=1, growth=2, scale=scale)
+    with pytest.raises(ValueError, match=f"RRDB: scale .* {scale!r}$"): RRDB(num_feat=4, num_block=1, growth=2, scale=scale)
 
 
 def test_image_skip_needs_the_same_size():
@@ -209,7 +209,7 @@ def test_image_skip_needs_the_same_size():
     net.image_skip = False
     assert torch.equal(y, net(x) + x)
     for scale in (2, 4):
-        with pytest.raises(ValueError, match="image_skip=True needs a result of the image's size"): RRDB(image_skip=True, scale=scale)
+        with pytest.raises(ValueError, match=f"image_skip=True.*scale={scale}"): RRDB(image_skip=True, scale=scale)
 
 
 # --- reach
@@ -281,8 +281,8 @@ def test_model_file(tmp_path):
 # --- refused
 
 @pytest.mark.parametrize("options, message", [
-    (dict(in_channels=0), "in_channels|channels"), (dict(num_feat=0), "num_feat"), (dict(num_block=0), "num_block"), (dict(growth=-1), "growth"),
-    (dict(out_channels=1, image_skip=True), "image_skip=True needs out_channels = in_channels, got 1 and 3; set image_skip=False")])
+    (dict(in_channels=0), "channels"), (dict(num_feat=0), "num_feat"), (dict(num_block=0), "num_block"), (dict(growth=-1), "growth"),
+    (dict(out_channels=1, image_skip=True), "image_skip=True.*out_channels.*1 and 3.*image_skip=False")])
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=f"RRDB: .*{message}"): RRDB(**options)
     with pytest.raises(ValueError, match=message): build("RRDB", preset="tiny", **options)

@@ -103,7 +103,7 @@ def test_training_sizes_in_files():
 
 def test_other_networks_are_not_recognised():
     for name in ("NAFNet", "UNet", "RRDB", "EDSR", "FFANet"):
-        with pytest.raises(ValueError, match="SwinIR: the weights have no"): SwinIR.options_from_state_dict(build(name, preset="tiny").state_dict())
+        with pytest.raises(ValueError, match="SwinIR: the weights"): SwinIR.options_from_state_dict(build(name, preset="tiny").state_dict())
 
 
 # --- windows, index, mask
@@ -433,15 +433,15 @@ def test_build_uses_it_natively_and_files_work(tmp_path):
 # --- refused
 
 @pytest.mark.parametrize("options, message", [
-    (dict(window_size=0), "window_size"), (dict(img_size=0), "img_size"), (dict(embed_dim=0), "embed_dim must be >= 1"),
-    (dict(img_size=10), r"img_size must be a multiple of window_size = 4, got \(10, 10\)"), (dict(img_size=(8, 9)), "multiple of window_size"),
-    (dict(depths=[2]), r"same length >= 1, got \[2\] and \[2, 4\]"), (dict(depths=[], num_heads=[]), "same length >= 1"), (dict(depths=[2, 0]), "depths must be >= 1"),
-    (dict(num_heads=[2, 3]), "every num_heads must divide embed_dim, got .*, 8"), (dict(num_heads=[0, 2]), "num_heads"),
-    (dict(upsampler="bicubic"), "upsampler must be one of .* got 'bicubic'"), (dict(resi_connection="2conv"), "resi_connection '1conv' or '3conv', .*'2conv'"),
-    (dict(upscale=0), "upscale must be an integer >= 1, got 0"), (dict(upscale=2.0), "upscale"), (dict(upscale="x4"), "upscale"),
-    (dict(upscale=2, upsampler=""), "upsampler '' cannot enlarge by 2"), (dict(upscale=3, upsampler="nearest+conv"), "'nearest\\+conv' cannot enlarge by 3"),
-    (dict(upscale=5, upsampler="pixelshuffle"), "upscale must be 3 or a power of two, got 5"),
-    (dict(img_range=0), "img_range"), (dict(img_range=float("nan")), "img_range"), (dict(mlp_ratio=0), "mlp_ratio must be > 0"), (dict(drop_path_rate=1.0), "drop_path_rate in"),
-    (dict(drop_path_rate=-0.1), "drop_path_rate"), (dict(channels=0), "channels"), (dict(num_feat=0), "num_feat")])
+    (dict(window_size=0), "window_size"), (dict(img_size=0), "img_size"), (dict(embed_dim=0), "embed_dim.* 0$"),
+    (dict(img_size=10), r"img_size.*window_size.*\(10, 10\)"), (dict(img_size=(8, 9)), r"img_size.*window_size.*\(8, 9\)"),
+    (dict(depths=[2]), r"depths.*\[2\] and \[2, 4\]"), (dict(depths=[], num_heads=[]), r"depths.*\[\]"), (dict(depths=[2, 0]), r"depths.*\[2, 0\]"),
+    (dict(num_heads=[2, 3]), r"num_heads.*embed_dim.*\[2, 3\], 8"), (dict(num_heads=[0, 2]), r"num_heads.*\[0, 2\]"),
+    (dict(upsampler="bicubic"), "upsampler.*'bicubic'"), (dict(resi_connection="2conv"), "resi_connection.*'2conv'"),
+    (dict(upscale=0), "upscale.* 0"), (dict(upscale=2.0), "upscale.* 2.0"), (dict(upscale="x4"), "upscale.* 'x4'"),
+    (dict(upscale=2, upsampler=""), "upsampler ''.* 2"), (dict(upscale=3, upsampler="nearest+conv"), r"upsampler 'nearest\+conv'.* 3"),
+    (dict(upscale=5, upsampler="pixelshuffle"), "upscale.* 5"),
+    (dict(img_range=0), "img_range"), (dict(img_range=float("nan")), "img_range"), (dict(mlp_ratio=0), "mlp_ratio"), (dict(drop_path_rate=1.0), "drop_path_rate.* 1.0$"),
+    (dict(drop_path_rate=-0.1), "drop_path_rate.* -0.1"), (dict(channels=0), "channels"), (dict(num_feat=0), "num_feat")])
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message): small(**options)

@@ -283,9 +283,9 @@ def test_options_are_read_off_a_state_dict(config):
 
 def test_other_networks_are_not_recognised():
     for name in ("NAFNet", "SwinIR", "ConStyleNAFNet", "ConStyleKBNet"):
-        with pytest.raises(ValueError, match="ConStyleUformer: the weights have no"): ConStyleUformer.options_from_state_dict(build(name, preset="tiny").state_dict())
-    with pytest.raises(ValueError, match="a site without blocks"): ConStyleUformer.options_from_state_dict(small(right=[1, 0, 1]).state_dict())
-    with pytest.raises(ValueError, match="ConStyleNAFNet: the weights have no"): ConStyleNAFNet.options_from_state_dict(small().state_dict())
+        with pytest.raises(ValueError, match="ConStyleUformer: the weights"): ConStyleUformer.options_from_state_dict(build(name, preset="tiny").state_dict())
+    with pytest.raises(ValueError, match="ConStyleUformer: .*site.*heads"): ConStyleUformer.options_from_state_dict(small(right=[1, 0, 1]).state_dict())
+    with pytest.raises(ValueError, match="ConStyleNAFNet: the weights"): ConStyleNAFNet.options_from_state_dict(small().state_dict())
 
 
 @torch.no_grad()
@@ -309,16 +309,16 @@ def test_trains_under_the_contract():
 # --- refused
 
 @pytest.mark.parametrize("options, message", [
-    (dict(heads=[1, 2, 4]), r"heads must be seven counts >= 1.*got \[1, 2, 4\]"), (dict(heads=[3, 2, 2, 4, 4, 2, 2]), r"divide the widths \[4, 8, 12, 16, 16, 12, 8\], got \[3,"),
-    (dict(heads=[1, 2, 2, 4, 4, 2, 0]), "heads must be"), (dict(window=1), "window must be >= 2 px, got 1"), (dict(ratio=0), "ratio must be > 0"), (dict(ratio=float("nan")), "ratio must be > 0"),
-    (dict(drop_path=1.0), r"drop_path in \[0, 1\), got 2.0 and 1.0"), (dict(drop_path=-0.1), "drop_path"), (dict(dim=6, heads=[1] * 7), "ConStyleUformer: dim must be a positive multiple of 4.*got 6"), (dict(dim=-4, heads=[1] * 7), "dim must be"),
-    (dict(left=[1, 1]), "left and right must be three block counts"), (dict(bottom=-1), "counts >= 0"), (dict(use=("colour",)), "use must be"), (dict(encoder=dict(norm="group")), "norm must be")])
+    (dict(heads=[1, 2, 4]), r"heads.*\[1, 2, 4\]"), (dict(heads=[3, 2, 2, 4, 4, 2, 2]), r"heads.*\[4, 8, 12, 16, 16, 12, 8\].*\[3,"),
+    (dict(heads=[1, 2, 2, 4, 4, 2, 0]), r"heads.* 0\]"), (dict(window=1), ": window.* 1$"), (dict(ratio=0), "ratio"), (dict(ratio=float("nan")), "ratio.* nan"),
+    (dict(drop_path=1.0), "drop_path.* 1.0$"), (dict(drop_path=-0.1), "drop_path.* -0.1"), (dict(dim=6, heads=[1] * 7), "ConStyleUformer: dim .* 6$"), (dict(dim=-4, heads=[1] * 7), ": dim .* -4"),
+    (dict(left=[1, 1]), r"left.*\[1, 1\]"), (dict(bottom=-1), "counts.* -1,"), (dict(use=("colour",)), ": use .*colour"), (dict(encoder=dict(norm="group")), "norm .*'group'")])
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message): small(**options)
 
 
 def test_bad_images():
     net = small()
-    with pytest.raises(ValueError, match=r"ConStyleUformer: the image must be \(B, 3, H, W\), got \(2, 1, 16, 16\)"): net(torch.rand(2, 1, 16, 16))
-    with pytest.raises(ValueError, match="batch of 2 or more"): net.train()(torch.rand(1, 3, 16, 16))
-    with pytest.raises(ValueError, match="encode an image of the same size"): net.eval().restore(torch.rand(1, 3, 32, 32), net.encode(torch.rand(1, 3, 16, 16)))
+    with pytest.raises(ValueError, match=r"image.*\(B, 3,.*\(2, 1, 16, 16\)"): net(torch.rand(2, 1, 16, 16))
+    with pytest.raises(ValueError, match="batch.*norm='layer'"): net.train()(torch.rand(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="feature map.*encode"): net.eval().restore(torch.rand(1, 3, 32, 32), net.encode(torch.rand(1, 3, 16, 16)))

@@ -1,4 +1,4 @@
-"""Choose DIL's step sizes on seen levels of the validation pictures only: `python -m tests.dil_alpha CORPUS scales/dil_denoise.yaml [VARIANT...]`.
+"""Choose DIL's step sizes on seen levels of the validation pictures only: `python -m experiments.scripts.dil_alpha CORPUS scales/dil_denoise.yaml [VARIANT...]`.
 
 Every variant gets the same grid and one seed that no experiment uses. The rule was fixed before the runs: the largest alpha
 whose validation PSNR on seen levels is within 0.1 dB of the grid's best (small steps are ERM, so "the best on seen levels" would always choose no effect).

@@ -1,4 +1,4 @@
-"""Is the code used, and does it survive pictures larger than the training crops? `python -m tests.constyle_probes scales/constyle_mixture.yaml`, after `dvc repro` of that file.
+"""Is the code used, and does it survive pictures larger than the training crops? `python -m experiments.scripts.constyle_probes scales/constyle_mixture.yaml`, after `dvc repro` of that file.
 
 Every trained network of the experiment restores the centre of each Kodak24 picture at several sizes (degraded anew per size, seeded by picture and setting): as it is; told the mean code of all
 these pictures; told the code of the picture's centre of 32 px, the size of training; with maps of zeros; and with default statistics of BatchNorm (how the released code evaluates its average).

@@ -1,4 +1,4 @@
-"""What did the pre-training learn? `python -m tests.rcl_probes scales/rcl_denoise.yaml`, after `dvc repro` of that file.
+"""What did the pre-training learn? `python -m experiments.scripts.rcl_probes scales/rcl_denoise.yaml`, after `dvc repro` of that file.
 
 Every pre-trained network, before any fine-tuning, on the seen settings of the test pictures: the PSNR of its output, the strength of its residual beside that of the noise, and the correlation of the two.
 Writes results/<experiment>/probes.csv, one row per pre-training, seed and setting, with means over the pictures. Nothing was chosen by these numbers.

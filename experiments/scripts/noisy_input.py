@@ -1,4 +1,4 @@
-"""PSNR of the noisy input itself on a folder of pictures, a calibration of noise and metric: `python -m tests.noisy_input DIR [--out DIR]`.
+"""PSNR of the noisy input itself on a folder of pictures, a calibration of noise and metric: `python -m experiments.scripts.noisy_input DIR [--out DIR]`.
 
 Noise of sigma 15, 25 and 50 (255 scale) is added, clipped to [0, 1] and, as usual for published tables, rounded to 8 bits before it is measured.
 """
@@ -27,7 +27,7 @@ def rows_of(directory: Path) -> list[dict]:
 def main(arguments: list[str]) -> int:
     "Print the means; with --out also write the table."
     from irnb.results.table import markdown_table, summary, write_table
-    parser = argparse.ArgumentParser(prog="python -m tests.noisy_input", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m experiments.scripts.noisy_input", description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     if args.out:
         write_table(args.out / "table.csv", rows)
         (args.out / "summary.md").write_text(f"Noisy input, {len({r['image'] for r in rows})} pictures, clipped, 8-bit, RGB. "
-                                             f"Made by `python -m tests.noisy_input DIR --out {args.out}`.\n\n{table}\n")
+                                             f"Made by `python -m experiments.scripts.noisy_input DIR --out {args.out}`.\n\n{table}\n")
     return 0
 
 
