@@ -100,7 +100,7 @@ def test_unpack_wrong_bytes(photographs, tmp_path):
     shutil.copytree(photographs, tmp_path / "wheel")
     with open(tmp_path / "wheel/coins.png", "ab") as file:
         file.write(b"\0")
-    with pytest.raises(ValueError, match=rf"coins.png: SHA-256 is \w+, expected {data.PHOTOGRAPHS['coins'].sha256}.*pip install"):
+    with pytest.raises(ValueError, match=rf"coins.png.*{data.PHOTOGRAPHS['coins'].sha256}.*pip install"):
         data.unpack_photographs(tmp_path / "out", source=tmp_path / "wheel")
     assert not (tmp_path / "out").exists() and nothing_left(tmp_path)
 
@@ -108,10 +108,10 @@ def test_unpack_wrong_bytes(photographs, tmp_path):
 def test_unpack_missing_file_or_package(photographs, tmp_path, monkeypatch):
     shutil.copytree(photographs, tmp_path / "wheel")
     (tmp_path / "wheel/moon.png").unlink()
-    with pytest.raises(FileNotFoundError, match="moon.png: not found.*pip install"):
+    with pytest.raises(FileNotFoundError, match="moon.png.*pip install"):
         data.unpack_photographs(tmp_path / "out", source=tmp_path / "wheel")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="scikit-image, which is not installed"):
+    with pytest.raises(FileNotFoundError, match="scikit-image.*not installed"):
         data.unpack_photographs(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -121,10 +121,10 @@ def test_unpack_missing_file_or_package(photographs, tmp_path, monkeypatch):
 def test_foreign_folder_is_not_replaced(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="holds files but no provenance.json"):
+    with pytest.raises(ValueError, match="/mine: .*provenance.json"):
         data.unpack_photographs(tmp_path / "mine")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(ValueError, match="/file: .*not a folder"):
         data.unpack_photographs(tmp_path / "file")
     assert (tmp_path / "mine/thesis.tex").read_text() == "years of work" and (tmp_path / "file").read_text() == "x"
 
@@ -135,7 +135,7 @@ def test_disk_full_leaves_the_old_folder(what, corpus, tmp_path):
     make = {"photographs": lambda: data.unpack_photographs(tmp_path / "out"),
             "patches": lambda: data.PatchSet.write(small, tmp_path / "out", size=64),
             "benchmark": lambda: data.benchmark(small, "denoise", tmp_path / "out", crop=96)}[what]
-    with small_disk(60_000), pytest.raises(OSError, match="could not be written.*free some space.*nothing half-written"):
+    with small_disk(60_000), pytest.raises(OSError, match="/out: .*free some space"):
         make()
     assert not (tmp_path / "out").exists() and nothing_left(tmp_path)
     make()
@@ -192,16 +192,16 @@ def test_scan_reports_every_bad_file(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture, no claim to be one")
     (tmp_path / ".hidden").mkdir()
     save(tmp_path / ".hidden/c.png")
-    with pytest.warns(UserWarning, match="6 of 8 files not used") as caught:
+    with pytest.warns(UserWarning, match="6 of 8") as caught:
         corpus = data.scan(tmp_path)
     assert corpus.names == ["good/a", "good/deep/b"] and corpus.ignored == ("notes.txt",)
     assert {r.name for r in corpus.rejected} == {"cut.png", "cut.jpg", "empty.png", "text.png", "pixel.png", "thin.png"}
     message = str(caught[0].message)
     assert "\n" not in message and len(caught) == 1
     reasons = {r.name: r.reason for r in corpus.rejected}
-    assert reasons["pixel.png"] == "1x1 px, smaller than min_side=64" and all(reasons.values())
+    assert all(word in reasons["pixel.png"] for word in ("1x1", "min_side=64")) and all(reasons.values())
     assert not any(str(tmp_path) in reason for reason in reasons.values())
-    with pytest.raises(ValueError, match="6 of 8 files not used.*strict=False"):
+    with pytest.raises(ValueError, match="6 of 8.*strict=False"):
         data.scan(tmp_path, strict=True)
 
 
@@ -222,19 +222,19 @@ def test_ambiguous_names_keep_their_suffix(tmp_path):
 
 
 def test_scan_nothing_usable(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: is not a folder"):
+    with pytest.raises(FileNotFoundError, match="/nowhere: "):
         data.scan(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no usable picture among 0 files"):
+    with pytest.raises(ValueError, match=rf"/{tmp_path.name}: .* 0 "):
         data.scan(tmp_path)
     (tmp_path / "a.png").write_text("text")
-    with pytest.raises(ValueError, match="no usable picture among 1 files.*a.png"):
+    with pytest.raises(ValueError, match=rf"/{tmp_path.name}: .* 1 .*a.png"):
         data.scan(tmp_path)
 
 
 def test_duplicates_are_one_scene(tmp_path):
     save(tmp_path / "a_1.png", 1), save(tmp_path / "a_2.png", 2), save(tmp_path / "b_1.png", 3), save(tmp_path / "c_1.png", 4)
     shutil.copy(tmp_path / "a_2.png", tmp_path / "b_2.png")
-    with pytest.warns(UserWarning, match="duplicates .*a_2 = b_2"):
+    with pytest.warns(UserWarning, match="duplicate.*a_2.*b_2"):
         corpus = data.scan(tmp_path, groups=r"(.*)_\d+")
     assert corpus.duplicates == (("a_2", "b_2"),)
     scenes = {i.name: i.group for i in corpus}
@@ -248,7 +248,7 @@ def test_groups(tmp_path, groups, expected):
     for i, name in enumerate(("x/1_a.png", "x/1_b.png", "y.png")):
         save(tmp_path / name, i)
     assert [i.group for i in data.scan(tmp_path, groups=groups)] == expected
-    with pytest.raises(ValueError, match=r"groups: '\(' is not a regular expression"):
+    with pytest.raises(ValueError, match=r"groups.*'\('"):
         data.scan(tmp_path, groups="(")
 
 
@@ -283,7 +283,7 @@ def test_no_scene_straddles(groups, seed, val, test):
 def test_counts_are_met_where_scenes_allow():
     parts = data.split(fake([0, 0, 1, 1, 2]), {"test": 2, "val": 1, "train": 2})
     assert {p: len(c) for p, c in parts.items()} == {"test": 2, "val": 1, "train": 2}
-    with pytest.raises(ValueError, match="could not fill test 0 of 1 with whole scenes from 4 free pictures in 2 scenes"):
+    with pytest.raises(ValueError, match="test 0 of 1.* 4 .* 2 "):
         data.split(fake([0, 0, 1, 1]), {"test": 1, "train": "rest"})
 
 
@@ -293,19 +293,19 @@ def test_seeds_shuffle(corpus):
 
 
 @pytest.mark.parametrize("parts, message", [
-    ({"a": 1, "b": 1, "c": 1, "d": 1}, "fewer scenes than parts: 4 pictures in 3 scenes"),
-    ({}, "fewer scenes than parts"),
-    ({"a": 9, "b": "rest"}, r"could not fill a \d of 9"),
-    ({"a": 4, "b": "rest"}, "nothing is left for b: 4 pictures in 3 scenes for a=4, b=rest"),
-    ({"a": 0, "b": 1}, "a=0 must be a count >= 1"),
-    ({"a": -0.5, "b": 1}, "a=-0.5 must be"),
-    ({"a": True, "b": 1}, "a=True must be"),
-    ({"a": 0.8, "b": 0.4}, "fractions add up to more than 1"),
-    ({"a": "all", "b": 1}, "a='all' must be 'rest'"),
-    ({"a": "rest", "b": "rest"}, "only one part can be 'rest'"),
-    ({"a": ["i0", "nope"], "b": "rest"}, "has no picture nope"),
-    ({"a": ["i0"], "b": ["i1"]}, "scene 'g0' would be in 'a' and in 'b'"),
-    ({"a": ["i2"], "b": ["i2", "i3"]}, "scene 'g1' would be in 'a' and in 'b'")])
+    ({"a": 1, "b": 1, "c": 1, "d": 1}, "fewer scenes.* 4 .* 3 "),
+    ({}, "fewer scenes"),
+    ({"a": 9, "b": "rest"}, r"a \d of 9"),
+    ({"a": 4, "b": "rest"}, "nothing.* b.*a=4, b=rest"),
+    ({"a": 0, "b": 1}, "a=0 .*>= 1"),
+    ({"a": -0.5, "b": 1}, "a=-0.5 .*>= 1"),
+    ({"a": True, "b": 1}, "a=True .*>= 1"),
+    ({"a": 0.8, "b": 0.4}, "fractions.*a=0.8, b=0.4"),
+    ({"a": "all", "b": 1}, "a='all' .*'rest'"),
+    ({"a": "rest", "b": "rest"}, "one part.*'rest'"),
+    ({"a": ["i0", "nope"], "b": "rest"}, "no picture nope"),
+    ({"a": ["i0"], "b": ["i1"]}, "'g0'.*'a'.*'b'"),
+    ({"a": ["i2"], "b": ["i2", "i3"]}, "'g1'.*'a'.*'b'")])
 def test_bad_splits(parts, message):
     with pytest.raises(ValueError, match=message):
         data.split(fake([0, 0, 1, 2]), parts)
@@ -320,7 +320,7 @@ def test_require_disjoint_finds_copies(tmp_path):
     save(tmp_path / "train/a.png", 0), save(tmp_path / "train/b.png", 1)
     (tmp_path / "test").mkdir()
     shutil.copy(tmp_path / "train/b.png", tmp_path / "test/other.png")
-    with pytest.raises(ValueError, match="test picture 'other' has the same content as train picture 'b'"):
+    with pytest.raises(ValueError, match="test.*'other'.*train.*'b'"):
         data.require_disjoint(train=data.scan(tmp_path / "train"), test=data.scan(tmp_path / "test"))
 
 
@@ -369,11 +369,11 @@ def test_patches_from_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("images, options, message", [
-    ({"x": torch.rand(4, 99, 99)}, {}, r"image 'x': must be a float tensor.*got float32 \(4, 99, 99\)"),
+    ({"x": torch.rand(4, 99, 99)}, {}, r"image 'x'.*32 \(4, 99, 99\)"),
     ({"x": torch.rand(2, 3, 99, 99)}, {}, r"image 'x'.*\(2, 3, 99, 99\)"),
-    ({"x": torch.zeros(3, 99, 99, dtype=torch.uint8)}, {}, "image 'x'.*got uint8"),
-    ({}, {}, "no images given"),
-    ({"x": torch.rand(3, 99, 50)}, {}, r"smaller than the tile size 96 px: x \(99x50\).*min_side=96"),
+    ({"x": torch.zeros(3, 99, 99, dtype=torch.uint8)}, {}, "image 'x'.*uint8"),
+    ({}, {}, "no images"),
+    ({"x": torch.rand(3, 99, 50)}, {}, r"x \(99x50\).*min_side=96"),
     ({"x": torch.rand(3, 99, 99)}, {"size": 0}, "size=0"), ({"x": torch.rand(3, 99, 99)}, {"stride": -1}, "stride=-1"),
     ({"x": torch.rand(3, 99, 99)}, {"per_image": 0}, "per_image=0"), ({"x": torch.rand(3, 99, 99)}, {"mode": "lab"}, "mode='lab'")])
 def test_bad_patches(images, options, message, tmp_path):
@@ -388,36 +388,36 @@ def damaged(tmp_path, name):
 
 
 def test_open_damaged_patches(tmp_path):
-    with pytest.raises(FileNotFoundError, match="index.json: not found; write the patches again"):
+    with pytest.raises(FileNotFoundError, match="index.json.*again"):
         data.PatchSet.open(tmp_path / "none")
     file = damaged(tmp_path / "a", "patches.npy")
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="patches.npy: truncated.*write the patches again"):
+    with pytest.raises(ValueError, match="patches.npy.*truncated.*again"):
         data.PatchSet.open(tmp_path / "a")
     file.write_bytes(b"")
-    with pytest.raises(ValueError, match="patches.npy: truncated"):
+    with pytest.raises(ValueError, match="patches.npy.*truncated"):
         data.PatchSet.open(tmp_path / "a")
     file.unlink()
-    with pytest.raises(FileNotFoundError, match="patches.npy: not found"):
+    with pytest.raises(FileNotFoundError, match="patches.npy"):
         data.PatchSet.open(tmp_path / "a")
     np.save(damaged(tmp_path / "b", "patches.npy"), np.zeros((9, 20, 20, 3), np.float32))
-    with pytest.raises(ValueError, match=r"patches.npy is float32 .*the index says uint8"):
+    with pytest.raises(ValueError, match="patches.npy.*float32.*uint8"):
         data.PatchSet.open(tmp_path / "b")
     np.save(damaged(tmp_path / "c", "patches.npy"), np.zeros((8, 20, 20, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"\(8, 20, 20, 3\), the index says uint8 \(9, 20, 20, 3\) with 9 entries"):
+    with pytest.raises(ValueError, match=r"patches.npy.*\(8, 20.*\(9, 20"):
         data.PatchSet.open(tmp_path / "c")
     np.save(damaged(tmp_path / "d", "patches.npy"), np.zeros((9, 20, 20, 3), np.uint8))
     data.PatchSet.open(tmp_path / "d")
-    with pytest.raises(ValueError, match="SHA-256 is"):
+    with pytest.raises(ValueError, match="patches.npy.*SHA-256"):
         data.PatchSet.open(tmp_path / "d", verify=True)
     damaged(tmp_path / "e", "index.json").write_text('{"format": ')
-    with pytest.raises(ValueError, match="index.json: is not readable as JSON"):
+    with pytest.raises(ValueError, match="index.json.*JSON"):
         data.PatchSet.open(tmp_path / "e")
     (tmp_path / "e/index.json").write_text('{"format": "other"}')
-    with pytest.raises(ValueError, match="format 'other' is not irnb.patches/1"):
+    with pytest.raises(ValueError, match="format.*'other'"):
         data.PatchSet.open(tmp_path / "e")
     np.save(damaged(tmp_path / "f", "patches.npy"), np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="not an array file"):   # pickled code is never run
+    with pytest.raises(ValueError, match="patches.npy.*not an array"):   # pickled code is never run
         data.PatchSet.open(tmp_path / "f")
 
 
@@ -450,8 +450,8 @@ def test_seed_values_are_frozen():
 FROZEN_SEEDS = [1534736264529491465, 1534736265687703270, 8835240933701957410]
 
 
-@pytest.mark.parametrize("step, stream, message", [(-1, "clean", "got -1"), (2**32, "clean", "got 4294967296"),
-                                                   (0, "noise", "unknown stream 'noise'.*clean, degradation, real")])
+@pytest.mark.parametrize("step, stream, message", [(-1, "clean", "step.*got -1"), (2**32, "clean", "step.*4294967296"),
+                                                   (0, "noise", "stream.*'noise'.*degradation")])
 def test_bad_seeds(step, stream, message):
     with pytest.raises(ValueError, match=message):
         data.batch_seed(0, step, stream)
@@ -545,7 +545,7 @@ def test_loader_options(patches):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(crop=49), r"crop 49 px is larger than the tiles \(48 px\)"), (dict(crop=0), "crop=0"), (dict(batch=0), "batch=0"),
+    (dict(crop=49), "crop 49 .*48"), (dict(crop=0), "crop=0"), (dict(batch=0), "batch=0"),
     (dict(batch=5, world=2), "world=2, batch=5"), (dict(rank=2, world=2), "rank=2"), (dict(world=0), "world=0")])
 def test_bad_loader(patches, options, message):
     with pytest.raises(ValueError, match=message):
@@ -553,14 +553,14 @@ def test_bad_loader(patches, options, message):
 
 
 def test_bad_loader_scale_and_real(patches, tmp_path):
-    with pytest.raises(ValueError, match="crop 30 px must be a multiple of the degradation's scale 4"):
+    with pytest.raises(ValueError, match="crop 30 .*scale 4"):
         data.Loader(patches, deg.Downsample(4), crop=30)
     small = data.PatchSet.write({"x": torch.rand(3, 20, 20)}, tmp_path / "small", size=16)
-    with pytest.raises(ValueError, match="real tiles are 16 px with 3 channels, needed are 32 px"):
+    with pytest.raises(ValueError, match="real.* 16 .* 32 "):
         data.Loader(patches, deg.Identity(), crop=32, real=small)
     data.Loader(patches, deg.Downsample(2), crop=32, real=small)
     grey = data.PatchSet.write({"x": torch.rand(1, 40, 40)}, tmp_path / "grey", size=32, mode="gray")
-    with pytest.raises(ValueError, match="1 channels"):
+    with pytest.raises(ValueError, match="real.* 1 channel"):
         data.Loader(patches, deg.Identity(), crop=32, real=grey)
 
 
@@ -573,7 +573,7 @@ def test_task_list():
     assert [d.sigma for d in data.task("deblur").unseen.values()] == [4.2, 4.4, 4.6, 4.8, 5.0]
     assert data.task("sr4").conventions == {"y_channel": True, "crop_border": 4, "quantise": True}
     assert data.task("camera").real is not None and data.task("denoise").real is None
-    with pytest.raises(ValueError, match="unknown task 'denoize'; choose from denoise, deblur"):
+    with pytest.raises(ValueError, match="task 'denoize'.*denoise"):
         data.task("denoize")
 
 
@@ -703,9 +703,9 @@ def test_divided_draws_what_the_whole_draws():
 
 
 @pytest.mark.parametrize("seen, unseen, message", [
-    ({"a/b": deg.Identity()}, {}, "setting 'a/b' must be letters"), ({"clean": deg.Identity()}, {}, "not 'clean'"),
-    ({"": deg.Identity()}, {}, "setting ''"), ({"a": deg.Downsample(2)}, {}, "has scale 2, the task 1"),
-    ({"a": deg.Identity()}, {"a": deg.Identity()}, "both seen and unseen: a")])
+    ({"a/b": deg.Identity()}, {}, "setting 'a/b'"), ({"clean": deg.Identity()}, {}, "setting 'clean'"),
+    ({"": deg.Identity()}, {}, "setting ''"), ({"a": deg.Downsample(2)}, {}, "setting 'a'.*scale 2.*1"),
+    ({"a": deg.Identity()}, {"a": deg.Identity()}, "seen.*unseen: a")])
 def test_bad_tasks(seen, unseen, message):
     with pytest.raises(ValueError, match=message):
         data.Task("t", "T", "", deg.Identity(), seen, unseen)
@@ -773,13 +773,13 @@ def test_own_depth_files(tmp_path):
     assert got.shape == (1, 70, 80) and got.max() == 1 and (got[0, 0, :3] == 1).all() and abs(float(got[0, 0, 3]) - depth[0, 3] / 5) < 1e-6
     for bad in (np.ones((70, 79)), -np.ones((70, 80)), np.full((70, 80), np.nan)):
         np.save(tmp_path / "a_depth.npy", bad)
-        with pytest.raises(ValueError, match="a_depth.npy: needs .70, 80. positive depths"):
+        with pytest.raises(ValueError, match=r"a_depth.npy.*\(70, 80\)"):
             data.picture_depths(data.scan(tmp_path))
 
 
 @pytest.mark.parametrize("files, options, message", [
-    ({"a_real": 8}, {}, "'a_real' has no ground truth 'a_mean'"), ({"a": 8}, {}, "no picture matches"),
-    ({"a_real": 8, "a_mean": 8}, {"degraded": "*_re*l"}, "one star each"), ({"a_real": 8, "a_mean": 8}, {"pick": ["b*"]}, "no picture matches")])
+    ({"a_real": 8}, {}, "'a_real'.*'a_mean'"), ({"a": 8}, {}, "no picture.*_real"),
+    ({"a_real": 8, "a_mean": 8}, {"degraded": "*_re*l"}, r"degraded.*_re\*l"), ({"a_real": 8, "a_mean": 8}, {"pick": ["b*"]}, r"no picture.*'b\*'")])
 def test_bad_pairs(tmp_path, files, options, message):
     from irnb.image_files import write_image
     for name, side in files.items():
@@ -791,9 +791,9 @@ def test_bad_pairs(tmp_path, files, options, message):
 def test_a_pair_has_one_size_and_a_name_of_its_own(corpus, tmp_path):
     from irnb.image_files import write_image
     write_image(tmp_path / "a_real.png", torch.rand(3, 70, 70)), write_image(tmp_path / "a_mean.png", torch.rand(3, 72, 70))
-    with pytest.raises(ValueError, match="a pair must show the same scene at the same size"):
+    with pytest.raises(ValueError, match="a_real.png.*70.*a_mean.png.*72"):
         data.benchmark(corpus.subset(["coins"]), "denoise", tmp_path / "b", pairs=data.picture_pairs(tmp_path))
-    with pytest.raises(ValueError, match="names of pictures and of pairs must differ"):
+    with pytest.raises(ValueError, match="pairs.*coins"):
         data.benchmark(corpus.subset(["coins"]), "denoise", tmp_path / "b", pairs={"coins": (tmp_path / "a_real.png",) * 2})
     assert not (tmp_path / "b").exists()
 
@@ -807,7 +807,7 @@ def test_scan_opens_only_what_is_picked(tmp_path, monkeypatch):
     corpus = data.scan(tmp_path, pick=["*_real"])
     assert corpus.names == ["x_real", "y_real"] and sorted(opened) == ["x_real.png", "y_real.png"]
     assert data.scan(tmp_path, pick=["x_real.png"]).names == ["x_real"]
-    with pytest.raises(ValueError, match="'z' matches none of its 3 pictures"):
+    with pytest.raises(ValueError, match="'z'.* 3 "):
         data.scan(tmp_path, pick=["x*", "z"])
 
 
@@ -820,7 +820,7 @@ def test_real_pictures_among_the_pairs_are_refused(tmp_path):
     clean = data.scan(tmp_path / "clean")
     data.require_unpaired(data.scan(tmp_path / "phone"), train=clean)
     shutil.copy(tmp_path / "clean" / "b.png", tmp_path / "phone" / "holiday.png")
-    with pytest.raises(ValueError, match="holiday.png: the real picture has the same content as train picture 'b'.*allow_shared"):
+    with pytest.raises(ValueError, match="holiday.*'b'.*real.allow_shared"):
         data.require_unpaired(data.scan(tmp_path / "phone"), train=clean)
 
 
@@ -837,7 +837,7 @@ def test_few_pictures_are_nested_and_follow_the_seed(corpus, tmp_path):
         assert np.array_equal(kept.pixels[i], patches.pixels[j])
     assert pickle.loads(pickle.dumps(kept)).sources == kept.sources and np.array_equal(pickle.loads(pickle.dumps(kept)).pixels, kept.pixels)
     for k in (0, len(patches.sources) + 1):
-        with pytest.raises(ValueError, match=f"{k} labelled pictures asked for"):
+        with pytest.raises(ValueError, match=f" {k} labelled"):
             data.few_pictures(patches, k)
 
 
@@ -886,7 +886,7 @@ def test_two_noisy_views_show_the_same_place(noisy):
 
 def test_noisy_loader_refuses_what_cannot_work(noisy, corpus, tmp_path):
     other = data.PatchSet.write(corpus.subset(["chelsea"]), tmp_path / "o", size=64, per_image=3)
-    for options, message in (({"batch": 5}, "batch=5 asks for so many different pictures"), ({"batch": 2, "crop": 65}, "larger than the tiles"), ({"batch": 2, "second": other}, "does not hold the tiles")):
+    for options, message in (({"batch": 5}, "NoisyLoader: batch=5 "), ({"batch": 2, "crop": 65}, "crop 65 .*64"), ({"batch": 2, "second": other}, "NoisyLoader: .*/o .*tiles")):
         with pytest.raises(ValueError, match=message):
             data.NoisyLoader(noisy[0], **{"crop": 32} | options)
     with pytest.raises(ValueError, match="dtype='float8'"):
@@ -955,11 +955,11 @@ def test_benchmark_nested_names_and_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("images, task, options, message", [
-    ({"../x": torch.rand(3, 9, 9)}, "denoise", {}, "image name '../x' cannot be a file name"),
+    ({"../x": torch.rand(3, 9, 9)}, "denoise", {}, r"image name '\.\./x'"),
     ({"/x": torch.rand(3, 9, 9)}, "denoise", {}, "image name '/x'"), ({"": torch.rand(3, 9, 9)}, "denoise", {}, "image name ''"),
-    ({"x": torch.rand(3, 9, 9)}, "denoize", {}, "unknown task"), ({"x": torch.rand(3, 9, 9)}, "denoise", {"crop": 0}, "crop must be"),
-    ({"x": torch.rand(3, 3, 9)}, "sr4", {}, "nothing is left"), ({"x": torch.rand(5, 9, 9)}, "denoise", {}, r"\(5, 9, 9\)"),
-    ({}, "denoise", {}, "no images given")])
+    ({"x": torch.rand(3, 9, 9)}, "denoize", {}, "task 'denoize'"), ({"x": torch.rand(3, 9, 9)}, "denoise", {"crop": 0}, "crop.* 0"),
+    ({"x": torch.rand(3, 3, 9)}, "sr4", {}, r"nothing.*\(3, 9\)"), ({"x": torch.rand(5, 9, 9)}, "denoise", {}, r"\(5, 9, 9\)"),
+    ({}, "denoise", {}, "no images")])
 def test_bad_benchmarks(images, task, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         data.benchmark(images, task, tmp_path / "out", **options)
@@ -967,7 +967,7 @@ def test_bad_benchmarks(images, task, options, message, tmp_path):
 
 
 def test_open_damaged_benchmark(tmp_path):
-    with pytest.raises(FileNotFoundError, match="manifest.json: not found; make the benchmark again"):
+    with pytest.raises(FileNotFoundError, match="manifest.json.*again"):
         data.Benchmark.open(tmp_path / "none")
     path = tmp_path / "b"
     bench = data.benchmark({"x": torch.rand(3, 16, 16)}, "denoise", path)
@@ -975,25 +975,25 @@ def test_open_damaged_benchmark(tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert len(list(data.Benchmark.open(path))) == 7
-    with pytest.raises(ValueError, match="sigma_30/x.npy: SHA-256 is"):
+    with pytest.raises(ValueError, match="sigma_30/x.npy.*SHA-256"):
         data.Benchmark.open(path, verify=True)
     file.write_bytes(whole[:200])
-    with pytest.raises(ValueError, match="sigma_30/x.npy: truncated"):
+    with pytest.raises(ValueError, match="sigma_30/x.npy.*truncated"):
         list(data.Benchmark.open(path))
     np.save(file, np.zeros((3, 16, 15), np.float32))
-    with pytest.raises(ValueError, match=r"is float32 \(3, 16, 15\), the manifest says float32 \(3, 16, 16\)"):
+    with pytest.raises(ValueError, match="sigma_30/x.npy.*16, 15.*16, 16"):
         list(bench)
     np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="not an array file"):   # pickled code is never run
+    with pytest.raises(ValueError, match="sigma_30/x.npy.*not an array"):   # pickled code is never run
         list(bench)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match="sigma_30/x.npy: not found"):
+    with pytest.raises(FileNotFoundError, match="sigma_30/x.npy"):
         data.Benchmark.open(path)
-    for options, message in ((dict(images=["y"]), "unknown picture y; it has x"), (dict(settings="sigma_7"), "unknown setting sigma_7")):
+    for options, message in ((dict(images=["y"]), "picture y.* x"), (dict(settings="sigma_7"), "setting sigma_7.*sigma_30")):
         with pytest.raises(ValueError, match=message):
             bench.select(**options)
     (path / "manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match="format None is not irnb.benchmark/1"):
+    with pytest.raises(ValueError, match="format None"):
         data.Benchmark.open(path)
 
 
@@ -1002,9 +1002,9 @@ def test_real_pictures(corpus):
     real = data.real_pictures(two, "camera_textured")
     assert list(real) == ["chelsea", "coins"] and real["chelsea"].shape == (3, 300, 451)
     assert torch.equal(data.real_pictures(two.subset(["coins"]), "camera_textured")["coins"], real["coins"])
-    with pytest.raises(ValueError, match="task 'denoise' has no target domain"):
+    with pytest.raises(ValueError, match="task 'denoise'.*real"):
         data.real_pictures(two, "denoise")
-    with pytest.raises(ValueError, match="unknown task 'x'"):
+    with pytest.raises(ValueError, match="task 'x'"):
         data.real_pictures(two, "x")
 
 

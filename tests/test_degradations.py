@@ -178,7 +178,7 @@ def test_per_sample_parameters():
 
 def test_parameter_tensor_of_the_wrong_length():
     for d in (GaussianNoise(torch.tensor([1.0, 2.0])), GaussianBlur(torch.tensor([1.0, 2.0])), JPEG(torch.tensor([10.0, 20.0]))):
-        with pytest.raises(ValueError, match="2 values for a batch of 3"):
+        with pytest.raises(ValueError, match=" 2 .* 3"):
             d(torch.rand(3, 3, 16, 16), generator=gen())
 
 
@@ -601,22 +601,22 @@ def test_gradients_are_finite_without_noise(d):
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("make,words", [
-    (lambda: GaussianNoise(-3.0), "GaussianNoise: sigma must be >= 0, got -3.0 \\(on the 255 scale\\)"),
+    (lambda: GaussianNoise(-3.0), "GaussianNoise.*sigma.*-3.0.*255"),
     (lambda: GaussianNoise(float("nan")), "sigma"), (lambda: GaussianNoise("25"), "sigma"), (lambda: GaussianNoise(True), "sigma"),
-    (lambda: GaussianNoise(Uniform(-1, 5)), "sigma must be >= 0, got -1"), (lambda: GaussianNoise(torch.tensor([5.0, -2.0])), "got -2.0"),
+    (lambda: GaussianNoise(Uniform(-1, 5)), "sigma.*-1"), (lambda: GaussianNoise(torch.tensor([5.0, -2.0])), "sigma.*-2.0"),
     (lambda: GaussianNoise(torch.ones(2, 2)), "shape"), (lambda: Speckle(-1), "sigma"), (lambda: SaltPepper(1.5), "amount"),
-    (lambda: RawNoise(-0.1), "shot"), (lambda: RawNoise(0.1, -0.1), "read"), (lambda: RawNoise(pattern="RGBG"), "pattern must be one of RGGB"),
+    (lambda: RawNoise(-0.1), "shot"), (lambda: RawNoise(0.1, -0.1), "read"), (lambda: RawNoise(pattern="RGBG"), "pattern.*RGGB.*'RGBG'"),
     (lambda: RawNoise(form="rgb"), "form"), (lambda: CameraNoise(blur=-1), "blur"), (lambda: CameraNoise(pattern="x"), "pattern"),
-    (lambda: CameraNoise(gamma=0), "gamma"), (lambda: D.camera("x"), "smooth or textured"), (lambda: ColourNoise(-1), "signal"),
+    (lambda: CameraNoise(gamma=0), "gamma"), (lambda: D.camera("x"), "smooth.*textured.*'x'"), (lambda: ColourNoise(-1), "signal"),
     (lambda: ColourNoise(pattern=Choice(("RGGB", "x"))), "pattern"), (lambda: GaussianBlur(-1), "sigma"),
     (lambda: GaussianBlur(1, 20), "odd"), (lambda: KernelBlur(torch.ones(4, 4)), "odd"), (lambda: KernelBlur(torch.zeros(3, 3)), "non-zero sum"),
     (lambda: KernelBlur(torch.ones(3)), "shape"), (lambda: KernelBlur(torch.ones(3, 3) * float("nan")), "finite"),
     (lambda: MotionBlur(0.5), "length"), (lambda: MotionBlur(5, 1000.0), "angle"), (lambda: CameraShake(-1), "extent"),
-    (lambda: JPEG(0), "quality must be in \\[1, 100\\], got 0"), (lambda: JPEG(101), "quality"), (lambda: JPEG(Uniform(0, 50)), "quality"),
+    (lambda: JPEG(0), "quality.*100.*got 0"), (lambda: JPEG(101), "quality"), (lambda: JPEG(Uniform(0, 50)), "quality"),
     (lambda: JPEG(50, "4:2:2"), "subsampling"), (lambda: Rain(-0.1), "density"), (lambda: Rain(veil=2), "veil"), (lambda: D.rain("x"), "family"),
     (lambda: Haze(-1), "beta"), (lambda: Haze(1, 2), "airlight"), (lambda: Downsample(0), "scale"), (lambda: Downsample(2.5), "integer"),
     (lambda: Mosaic("GGRB"), "pattern"), (lambda: Mosaic(form="x"), "form"), (lambda: RealESRGAN(order=3), "order"),
-    (lambda: RealESRGAN(order=1.5), "integers"), (lambda: RealESRGAN(sinc=2), "sinc"), (lambda: D.hybrid("hard"), "level must be one of"),
+    (lambda: RealESRGAN(order=1.5), "integers"), (lambda: RealESRGAN(sinc=2), "sinc"), (lambda: D.hybrid("hard"), "level.*'hard'"),
     (lambda: D.hybrid("mild", 4, 4), "stratum"), (lambda: Compose(GaussianNoise(5), "x"), "Compose"),
     (lambda: Uniform(3, 1), "lo <= hi"), (lambda: Uniform(0, math.inf), "finite"), (lambda: LogUniform(0, 1), "0 < lo"),
     (lambda: Squared(Uniform(-1, 1)), ">= 0"), (lambda: Choice(()), "at least one"),
@@ -630,16 +630,16 @@ X = torch.rand(1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("call,words", [
-    (lambda: GaussianNoise(5)((X * 255).byte(), generator=gen()), "divide 8-bit values by 255"),
-    (lambda: GaussianNoise(5)(X.numpy(), generator=gen()), "floating point tensor"),
+    (lambda: GaussianNoise(5)((X * 255).byte(), generator=gen()), "uint8.*255"),
+    (lambda: GaussianNoise(5)(X.numpy(), generator=gen()), "floating point"),
     (lambda: GaussianNoise(5)(X[0], generator=gen()), "x\\[None\\]"), (lambda: GaussianBlur(1)(X[:0]), "batch"),
     (lambda: GaussianNoise(5)(X, generator=7), "generator"), (lambda: JPEG(50)(torch.rand(1, 2, 8, 8)), "1 or 3 channels"),
     (lambda: Mosaic()(X[:, :1]), "3 channels"), (lambda: CameraNoise()(X[:, :1], generator=gen()), "3 channels"),
     (lambda: RealESRGAN()(X[:, :1], generator=gen()), "3 channels"), (lambda: RealESRGAN(scale=4)(X, generator=gen()), "at least 32"),
     (lambda: Mosaic(form="packed")(X[..., :15]), "even"), (lambda: D.pack_bayer(X), "1 channels"), (lambda: D.unpack_bayer(X), "4 channels"),
     (lambda: D.demosaic_bilinear(X[..., :1]), ">= 2"), (lambda: Downsample(3)(X), "multiples of 3"),
-    (lambda: KernelBlur(torch.ones(2, 3, 3))(X.expand(3, -1, -1, -1)), "2 kernels for a batch of 3"),
-    (lambda: D.koschmieder(X, torch.rand(1, 1, 8, 8), 1.0), "depth must have shape"), (lambda: D.bicubic(X, 0), "positive"),
+    (lambda: KernelBlur(torch.ones(2, 3, 3))(X.expand(3, -1, -1, -1)), "2 kernels.* 3"),
+    (lambda: D.koschmieder(X, torch.rand(1, 1, 8, 8), 1.0), "depth.*8, 8"), (lambda: D.bicubic(X, 0), "positive"),
     (lambda: D.gaussian_noise(X, -1, generator=gen()), "sigma"), (lambda: D.gaussian_noise(X, 1, generator=None), "generator"),
     (lambda: D.gaussian_blur(X, -1.0), "sigma"), (lambda: D.jpeg(X, 0), "quality"), (lambda: D.mosaic(X, "x"), "pattern"),
 ])
@@ -681,7 +681,7 @@ def test_one_of_draws_all_kinds_alike():
 def test_bad_mixtures():
     from irnb.degradations.base import Identity, OneOf
     from irnb.degradations.sampling import Downsample
-    for kinds, message in (((), "needs one or more degradations of one scale"), ((Identity(), Downsample(2)), "of one scale"), ((Identity(), 3), "must be a Degradation, got 3")):
+    for kinds, message in (((), "OneOf.*scale"), ((Identity(), Downsample(2)), "OneOf.*scale.*scale 2"), ((Identity(), 3), "OneOf.*got 3")):
         with pytest.raises(ValueError, match=message):
             OneOf(*kinds)
     with pytest.raises(ValueError, match="generator"):

@@ -73,7 +73,7 @@ def test_the_package_offers_the_names_of_its_rooms():
 def test_without_ipywidgets_the_message_names_the_remedy(explorer, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     for make in (lambda: explore(explorer), lambda: watch(RESULTS)):
-        with pytest.raises(ExplorerError, match=r"pip install .*irnb\[notebooks\]"):
+        with pytest.raises(ExplorerError, match=r"pip.*irnb\[notebooks\]"):
             make()
     assert explorer_figure(explorer).figure.axes
 
@@ -86,12 +86,12 @@ def test_pictures_from_folder_file_mapping(tmp_path):
     assert list(picture_files(tmp_path / "x")) == ["deep/two.jpg", "one.png"]
     assert list(picture_files(tmp_path / "x" / "one.png")) == ["one.png"]
     assert "astronaut" in picture_files() and len(photograph_files()) == 16
-    with pytest.raises(ExplorerError, match="no such file or folder"):
+    with pytest.raises(ExplorerError, match="/nothing: "):
         picture_files(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ExplorerError, match="holds no picture"):
+    with pytest.raises(ExplorerError, match="/empty: .*no picture"):
         picture_files(tmp_path / "empty")
-    with pytest.raises(ExplorerError, match="holds no picture"):
+    with pytest.raises(ExplorerError, match="no picture"):
         picture_files({})
 
 
@@ -99,7 +99,7 @@ def test_open_picture_takes_grey_and_16_bits_and_refuses_the_rest(tmp_path):
     write_image(tmp_path / "grey16.png", picture()[:1], bits=16)
     x = open_picture(tmp_path / "grey16.png")
     assert x.shape == (3, 40, 48) and torch.equal(x[0], x[1])
-    with pytest.raises(ExplorerError, match=r"icon: 15 x 40 px is too small; the explorer needs 16 px"):
+    with pytest.raises(ExplorerError, match="icon: 15 x 40 .*16"):
         open_picture(torch.rand(3, 40, MIN_SIDE - 1), "icon")
     with pytest.raises(ExplorerError, match="NaN"):
         open_picture(torch.full((3, 20, 20), float("nan")))
@@ -153,7 +153,7 @@ def test_a_degradation_of_ones_own_gets_sliders():
 
 def test_wrong_parameters_change_nothing(explorer):
     explorer.choose(task="denoise", setting="sigma_20")
-    for key, value, text in (("sigma", -1.0, "sigma must be >= 0"), ("gamma", 2.0, "'gamma'")):
+    for key, value, text in (("sigma", -1.0, "sigma.*-1"), ("gamma", 2.0, "'gamma'")):
         with pytest.raises(ValueError, match=text):
             explorer.move(key, value)
     assert explorer.values == {} and explorer.seen
@@ -240,7 +240,7 @@ def test_all_kinds_and_settings_can_be_shown(explorer):
             assert panels[0].caption == "truth" and len({x.shape[:2] for p in panels for k, x in p.pictures.items() if k != "zoom"}) == 1
 
 
-@pytest.mark.parametrize("state, text", [({"picture": "c"}, "picture: 'c' is unknown; choose from 'a', 'b'"), ({"task": "fly"}, "task: 'fly'"), ({"setting": "sigma_5"}, "setting: 'sigma_5'"),
+@pytest.mark.parametrize("state, text", [({"picture": "c"}, "picture: 'c'.*'a', 'b'"), ({"task": "fly"}, "task: 'fly'"), ({"setting": "sigma_5"}, "setting: 'sigma_5'"),
                                          ({"task": "denoise", "setting": "blur_1"}, "'blur_1'"), ({"seed": -1}, "seed: -1"), ({"colour": 1}, "no 'colour'")])
 def test_wrong_choices_change_nothing(explorer, state, text):
     before = dict(explorer.__dict__)
@@ -269,9 +269,9 @@ def test_another_picture_begins_at_its_own_texture(explorer):
 def test_wrong_zoom_side_and_size():
     e = Explorer({}, {"a": picture()})
     for box in ((0, 0, 0), (0, 0)):
-        with pytest.raises(ExplorerError, match="side >= 1"):
+        with pytest.raises(ExplorerError, match="box: .*side"):
             e.box = box
-    with pytest.raises(ExplorerError, match="side must be >= 16 px, got 8"):
+    with pytest.raises(ExplorerError, match="side.*16.* 8"):
         Explorer({}, {"a": picture()}, side=8)
     with pytest.raises(ExplorerError, match="'degraded'"):
         Explorer({"degraded": identity})
@@ -311,7 +311,7 @@ def test_a_damaged_model_file_is_a_message(runs):
     file = next(iter(trained_models(runs).values()))
     file.write_bytes(file.read_bytes()[:200])
     p = Explorer({}, {"a": picture()}, runs=runs, side=64).panels()[2]
-    assert "model.safetensors" in p.message and "truncated or damaged" in p.message
+    assert "model.safetensors" in p.message and "damaged" in p.message
 
 
 def test_a_network_is_used_in_eval_mode_and_given_back_as_it_was(explorer):
@@ -338,7 +338,7 @@ def test_figure_with_its_text(explorer):
     assert text.startswith('<img alt="Columns of pictures of b, denoise, sigma_20 (seen).') and "blur: " in shown.alt and "no restorer" in shown.alt
     assert any(ax.get_ylabel() == "|error| (1/255)" for ax in shown.figure.axes)
     assert 'alt="a &lt;b&gt; &quot;c&quot;"' in described(shown.figure, 'a <b>  "c"')._repr_html_()
-    with pytest.raises(ExplorerError, match="alternative text is empty"):
+    with pytest.raises(ExplorerError, match="alternative text"):
         described(shown.figure, "")
 
 
@@ -392,9 +392,9 @@ def test_the_picture_of_a_cell(tmp_path):
     (tmp_path / "x" / "params.yaml").unlink()
     write_table(tmp_path / "x" / "table.csv", [r | {"strategy": "degraded", "seed": "-"} for r in rows[:3]] + [r | {"strategy": "first"} for r in rows[:3]])
     assert result_map(tmp_path / "x").reference == "first"   # no `supervised`: the first trained one
-    with pytest.raises(ExplorerError, match="no task 'deblur'; it has denoise"):
+    with pytest.raises(ExplorerError, match="task 'deblur'.*denoise"):
         result_map(tmp_path / "x", "deblur")
-    with pytest.raises(ExplorerError, match="make one with dvc repro"):
+    with pytest.raises(ExplorerError, match="/nothing: .*dvc repro"):
         experiments(tmp_path / "nothing")
 
 
@@ -476,15 +476,15 @@ def test_bad_input_is_a_sentence_in_the_widget(view, tmp_path, explorer):
     said("bad.png")
     write_image(tmp_path / "tiny.png", picture(5, 9))
     view.picture.path.value = str(tmp_path / "tiny.png")
-    said("tiny.png", "9 x 5 px is too small")
+    said("tiny.png", "9 x 5")
     view.picture.upload.value = ({"name": "notes.txt", "type": "text/plain", "size": 2, "content": memoryview(b"hi"), "last_modified": datetime.now(timezone.utc)},)
     said("notes.txt")
     view.map.open.value = True
-    said("pass results=")
+    said("results=")
     explorer.results = tmp_path
     view.map.open.value = False
     view.map.open.value = True
-    said("make one with dvc repro")
+    said("dvc repro")
     explorer.pictures["gone"] = tmp_path / "gone.png"
     view.desk.sync()
     view.picture.picture.value = "gone"
@@ -586,7 +586,7 @@ def test_curves_of_the_committed_results():
     assert [ax.get_ylabel() for ax in used] == ["task loss", "psnr seen (dB)", "cos erm", "lr"] and all(ax.get_xlabel() == "step" for ax in used)
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in used[0].lines}
     assert len(looks) == len(used[0].lines) == len({r["run"] for r in rows if r.get("task_loss") is not None})   # no two runs look the same
-    with pytest.raises(ExplorerError, match="'x' was not logged; there are"):
+    with pytest.raises(ExplorerError, match="'x'.*task_loss"):
         curves_figure(rows, ["x"])
 
 
@@ -636,7 +636,7 @@ def test_the_watch_ends_by_itself_without_news(tmp_path):
     view.start()   # and can be started again
     view.close()
     assert not watchers()
-    with pytest.raises(ExplorerError, match="every must be > 0"):
+    with pytest.raises(ExplorerError, match="every.* 0"):
         watch(tmp_path, every=0)
 
 

@@ -149,7 +149,7 @@ def test_several_pictures_in_one_file_are_refused_but_not_a_phones_preview(tmp_p
     frames = [Image.fromarray(RGB8), Image.fromarray(255 - RGB8)]
     for name in ("a.tif", "a.webp", "a.png"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-        with pytest.raises(ImageError, match="holds 2 pictures"):
+        with pytest.raises(ImageError, match=f"{name}: .* 2 pictures"):
             read_picture(tmp_path / name)
     frames[0].save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=frames[1:])
     assert read_picture(tmp_path / "a.jpg").pixels.shape == (3, 13, 17)
@@ -254,7 +254,7 @@ def test_interlaced_sixteen_bit_png_is_refused(tmp_path):
     data[28] = 1
     data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
     (tmp_path / "a.png").write_bytes(data)
-    with pytest.raises(ImageError, match="interlaced PNG of 16 bits.*save it without"):
+    with pytest.raises(ImageError, match="a.png: .*interlaced.*save"):
         read_picture(tmp_path / "a.png")
 
 
@@ -281,7 +281,7 @@ def test_truncated_files_are_refused_even_if_another_package_told_pillow_otherwi
     write_array(tmp_path / "a.jpg", skimage.data.chelsea())
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-5000])
     np.asarray(Image.open(tmp_path / "a.jpg"))  # Pillow accepts it
-    with pytest.raises(ImageError, match="truncated"):
+    with pytest.raises(ImageError, match="a.jpg: .*truncated"):
         read_picture(tmp_path / "a.jpg")
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
@@ -299,13 +299,13 @@ def test_every_flipped_byte_of_a_png_is_noticed(tmp_path, sixteen):
 def test_what_is_no_picture(tmp_path):
     (tmp_path / "a.png").write_text("hello, I am text")
     (tmp_path / "b.png").mkdir()
-    for path, words in [("a.png", "not a readable picture"), ("b.png", "is a folder"), ("c.png", "no such file")]:
+    for path, words in [("a.png", "not a readable"), ("b.png", "is a folder"), ("c.png", "no such file")]:
         with pytest.raises(ImageError, match=words) as e:
             read_picture(tmp_path / path)
         assert str(tmp_path / path) in str(e.value)
-    with pytest.raises(ImageError, match="no such folder"):
+    with pytest.raises(ImageError, match="/nowhere: "):
         image_files(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="mode must be"):
+    with pytest.raises(ValueError, match="mode.*'grey'"):
         read_image(tmp_path / "a.png", mode="grey")
 
 
@@ -317,7 +317,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
         socket.socket(socket.AF_UNIX).bind(str(path))
     else:
         os.symlink({"pipe": "pipe", "link to a pipe": "pipe", "device": "/dev/zero"}[kind], path)
-    with pytest.raises(ImageError, match="a.png: is a pipe, socket or device"):
+    with pytest.raises(ImageError, match="a.png: .*pipe"):
         read_array(path)
 
 
@@ -331,9 +331,9 @@ def test_a_profile_is_unfolded_to_a_limit(tmp_path, sixteen):
     engine = zlib.compressobj(9)
     bomb = b"".join(engine.compress(bytes(2**20)) for _ in range(256)) + engine.flush()      # a quarter of a megabyte
     good = b"p\0\0" + zlib.compress(b"profile")
-    for body, words in [(b"p\0\0" + bomb, "profile b'p' is larger than 16777216 bytes"),
-                        (b"p\0\0" + zlib.compress(bytes(999))[:-6], "damaged colour profile b'p'"),
-                        (b"p\0\0junk", "damaged colour profile b'p'")]:
+    for body, words in [(b"p\0\0" + bomb, "b'p'.*16777216"),
+                        (b"p\0\0" + zlib.compress(bytes(999))[:-6], "damaged.*b'p'"),
+                        (b"p\0\0junk", "damaged.*b'p'")]:
         (tmp_path / "a.png").write_bytes(profile_png(body, sixteen))
         tracemalloc.start()
         with pytest.raises(ImageError, match=words):
@@ -342,7 +342,7 @@ def test_a_profile_is_unfolded_to_a_limit(tmp_path, sixteen):
         tracemalloc.stop()
         assert peak < 5 * png.MAX_PROFILE
     (tmp_path / "a.png").write_bytes(add_chunk(profile_png(good, sixteen), b"iCCP", good))
-    with pytest.raises(ImageError, match="a.png: holds more than one colour profile"):
+    with pytest.raises(ImageError, match="a.png: .*more than one"):
         read_array(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes(profile_png(good, sixteen))
     assert read_array(tmp_path / "a.png")[1] == b"profile"
@@ -383,9 +383,9 @@ def chained(array, target, pages=1, big=False):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_the_pages_of_a_tiff_come_to_an_end(tmp_path, monkeypatch, dtype, big):
     array, path = RGB16[..., 0].astype(dtype), tmp_path / "a.tif"
-    for data, words in [(b"II*\0" + struct.pack("<IHI", 8, 0, 8), "returns to byte 8"), (chained(array, 0, 1, big), "returns"),
+    for data, words in [(b"II*\0" + struct.pack("<IHI", 8, 0, 8), "byte 8"), (chained(array, 0, 1, big), "returns"),
                         (chained(array, 0, 2, big), "returns"), (chained(array, 1, 3, big), "returns"),
-                        (chained(array, ~10**6, 1, big), "truncated"), (chained(array, 0, 300, big), "more than 256 pages")]:
+                        (chained(array, ~10**6, 1, big), "truncated"), (chained(array, 0, 300, big), "256 pages")]:
         path.write_bytes(data)
         with pytest.raises(ImageError, match=words) as e:
             read_array(path)
@@ -411,7 +411,7 @@ def test_the_strips_of_a_tiff_are_unfolded_to_a_limit(tmp_path, code):
         if good:
             np.testing.assert_array_equal(read_array(tmp_path / "a.tif")[0], RGB16)
         else:
-            with pytest.raises(ImageError, match=f"a.tif: damaged, .* unfold to more than {RGB16.nbytes} bytes"):
+            with pytest.raises(ImageError, match=f"a.tif: .* {RGB16.nbytes} bytes"):
                 read_array(tmp_path / "a.tif")
         assert tracemalloc.get_traced_memory()[1] < 2**26
         tracemalloc.stop()
@@ -421,7 +421,7 @@ def test_an_eight_bit_png_that_ends_too_early_is_not_filled_with_black(tmp_path)
     data = filtered_png(RGB8[:5], [0] * 5)
     head = struct.pack(">IIBBBBB", 17, 13, 8, 2, 0, 0, 0)
     (tmp_path / "a.png").write_bytes(data[:8] + add_chunk(data[:8] + bytes(25), b"IHDR", head)[33:58] + data[33:])
-    with pytest.raises(ImageError, match=f"a.png: PNG data end {8 * 52} bytes before the last row"):
+    with pytest.raises(ImageError, match=f"a.png: .* {8 * 52} bytes"):
         read_array(tmp_path / "a.png")
 
 
@@ -438,7 +438,7 @@ def test_passes_over_a_jpeg_are_counted(tmp_path):
     data = (tmp_path / "a.jpg").read_bytes()
     scan = bytes.fromhex("ffda 0008 01 0100 013f00 5a")
     (tmp_path / "b.jpg").write_bytes(data[:-2] + scan * 1000 + data[-2:])
-    with pytest.raises(ImageError, match="b.jpg: a JPEG of more than 100 scans"):
+    with pytest.raises(ImageError, match="b.jpg: .*100 scans"):
         read_array(tmp_path / "b.jpg")
     comment = b"\xff\xfe" + struct.pack(">H", 2 + 500 * len(scan)) + scan * 500
     (tmp_path / "c.jpg").write_bytes(data[:2] + comment + data[2:] + scan * 1000)      # a comment; what follows the end
@@ -449,7 +449,7 @@ def test_passes_over_a_jpeg_are_counted(tmp_path):
 def test_a_file_larger_than_its_pixels_is_not_read(tmp_path):
     write_array(tmp_path / "a.png", RGB8)
     os.truncate(tmp_path / "a.png", 2**40)                                              # sparse: takes no place
-    with pytest.raises(ImageError, match="a.png: 1099511627776 bytes are more than"):
+    with pytest.raises(ImageError, match="a.png: .*1099511627776"):
         read_array(tmp_path / "a.png")
 
 
@@ -463,7 +463,7 @@ def test_size_limits_are_ours_and_local(tmp_path, monkeypatch):
     write_array(tmp_path / "b.png", RGB16)
     write_array(tmp_path / "c.tif", RGB16)
     for name in ("a.png", "b.png", "c.tif"):
-        with pytest.raises(ImageError, match="17x13 pixels exceed the limit of 100; .*max_pixels"):
+        with pytest.raises(ImageError, match=f"{name}.*17x13.*100.*max_pixels"):
             read_picture(tmp_path / name, max_pixels=100)
 
 
@@ -479,8 +479,8 @@ def test_reading_in_threads_restores_pillows_switches(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, channels, bits, words", [
     ("a.gif", 3, 8, r"cannot write \.gif"), ("a", 3, 8, "without suffix"), ("a.png", 5, 8, "5 channels"),
-    ("a.png", 3, 12, "12 bits"), ("a.jpg", 3, 16, "cannot hold 16 bits"), ("a.webp", 1, 16, "cannot hold 16 bits"),
-    ("a.jpg", 4, 8, "cannot hold alpha"), ("a.bmp", 2, 8, "cannot hold alpha")])
+    ("a.png", 3, 12, "12 bits"), ("a.jpg", 3, 16, "16 bits"), ("a.webp", 1, 16, "16 bits"),
+    ("a.jpg", 4, 8, "hold alpha"), ("a.bmp", 2, 8, "hold alpha")])
 def test_what_a_format_cannot_hold_is_refused(tmp_path, name, channels, bits, words):
     with pytest.raises(ImageError, match=words):
         check_writable(tmp_path / name, channels, bits)
@@ -489,7 +489,7 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, name, channels, bits, wo
 @pytest.mark.parametrize("picture, words", [
     (Picture(torch.zeros(2, 4, 4)), r"shape \(2, 4, 4\)"), (Picture(torch.zeros(4, 4)), r"shape \(4, 4\)"),
     (Picture(torch.zeros(3, 0, 4)), "shape"), (Picture(torch.zeros(3, 4, 4), torch.zeros(1, 4, 5)), "alpha of shape"),
-    (Picture(torch.full((3, 4, 4), float("nan"))), "16 pixels of channel 0 are NaN"),
+    (Picture(torch.full((3, 4, 4), float("nan"))), "channel 0.*NaN"),
     (Picture(torch.full((1, 4, 4), float("inf"))), "infinite"), (Picture(torch.zeros(3, 4, 4), bits=12), "12 bits")])
 def test_bad_pictures_are_not_written(tmp_path, picture, words):
     with pytest.raises(ImageError, match=words):
@@ -531,7 +531,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
         monkeypatch.setattr(files, "_pillow_write", full)
     else:
         monkeypatch.setattr(os, where, full)
-    with pytest.raises(ImageError, match=f"{name}: .*No space left on device.*free space"):
+    with pytest.raises(ImageError, match=f"{name}: .*No space.*free space"):
         write_image(tmp_path / name, torch.ones(3, 8, 8))
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == before
 
@@ -540,7 +540,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
 def test_a_folder_that_is_none_names_the_file(tmp_path, parent):
     (tmp_path / "d").touch() if parent == "a file" else os.symlink("d", tmp_path / "d")
     for name in ("d/a.png", "d/e/a.png"):
-        with pytest.raises(ImageError, match="cannot be written.*choose another folder") as e:
+        with pytest.raises(ImageError, match="another folder") as e:
             write_image(tmp_path / name, torch.ones(3, 8, 8))
         assert str(tmp_path / name) in str(e.value)
 
@@ -555,7 +555,7 @@ class Full(io.BytesIO):
                                         ("a.webp", 8)])
 def test_every_encoder_on_a_full_disk_names_the_file(tmp_path, monkeypatch, name, bits):
     monkeypatch.setattr(files, "open", lambda *_: Full(), raising=False)
-    with pytest.raises(ImageError, match="cannot be written.*free space") as e:
+    with pytest.raises(ImageError, match="free space") as e:
         write_image(tmp_path / name, torch.ones(3, 8, 8), bits=bits)
     assert str(tmp_path / name) in str(e.value) and not list(tmp_path.iterdir())
 

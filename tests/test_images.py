@@ -173,8 +173,8 @@ def test_small_pictures_are_one_plain_call_and_take_no_gradient():
 @pytest.mark.parametrize("options, words", [
     (dict(tile=0), "tile"), (dict(overlap=-1), "overlap"), (dict(scale=0), "scale"),
     (dict(statistics="none"), "statistics"),
-    (dict(overlap=9, margin=5), "use overlap >= 10"), (dict(overlap=10, margin=5, multiple=4), "use overlap >= 16"),
-    (dict(tile=16, overlap=16), "use tile >= 17"), (dict(scale=2), "not 2 times as large")])
+    (dict(overlap=9, margin=5), "overlap >= 10"), (dict(overlap=10, margin=5, multiple=4), "overlap >= 16"),
+    (dict(tile=16, overlap=16), "tile >= 17"), (dict(scale=2), "2 times")])
 def test_tiled_refuses_what_cannot_work(options, words):
     with pytest.raises(ValueError, match=words):
         tiled(nn.Identity(), torch.zeros(1, 3, 40, 40), **{"tile": 32, "overlap": 8, **options})
@@ -183,10 +183,10 @@ def test_tiled_refuses_what_cannot_work(options, words):
 def test_tiled_names_other_problems():
     with pytest.raises(ValueError, match="expected"):
         tiled(nn.Identity(), torch.zeros(3, 40, 40))
-    with pytest.warns(UserWarning, match="InstanceNorm2d depend on the whole picture"):
+    with pytest.warns(UserWarning, match="InstanceNorm2d"):
         tiled(nn.InstanceNorm2d(3), torch.rand(1, 3, 80, 80), tile=32, overlap=8)
     net = nn.Sequential(nn.Conv2d(3, 3, 4, 4), Attention(3), nn.PixelShuffle(1), nn.Upsample(scale_factor=4))
-    with pytest.raises(ValueError, match="total stride as multiple"):
+    with pytest.raises(ValueError, match="multiple"):
         tiled(net, torch.rand(1, 3, 80, 80), tile=36, overlap=10, multiple=1)
 
 
@@ -205,5 +205,5 @@ def test_figures_show_what_they_are_given():
         show_crops({"a": x}, (15, 0, 10, 10))
     with pytest.raises(ValueError, match="no images"):
         show([])
-    with pytest.raises(ValueError, match="one image at a time"):
+    with pytest.raises(ValueError, match="one image"):
         show([torch.zeros(2, 4, 4)])

@@ -204,12 +204,12 @@ INFINITE[0, 0, 8, 8] = float("inf")
 
 @METRICS
 @pytest.mark.parametrize("x, y, options, message", [
-    (X[0], X[0], {}, r"\(B, C, H, W\).*image\[None\]"), (X.numpy(), X, {}, "got ndarray"), (X[:0], X[:0], {}, "non-empty"),
-    ((255 * X).byte(), X, {}, "float type, got torch.uint8"), (X, X.int(), {}, "second argument.*torch.int32"), (X, X[:1], {}, "shapes differ"),
-    (X, X[:, :1], {}, "shapes differ"), (X, X[..., :15], {}, "shapes differ"), (X, X, dict(data_range=0), "data_range must be positive"),
+    (X[0], X[0], {}, r"3, 16, 16.*image\[None\]"), (X.numpy(), X, {}, "ndarray"), (X[:0], X[:0], {}, "non-empty"),
+    ((255 * X).byte(), X, {}, "torch.uint8"), (X, X.int(), {}, "second argument.*torch.int32"), (X, X[:1], {}, "shapes differ"),
+    (X, X[:, :1], {}, "shapes differ"), (X, X[..., :15], {}, "shapes differ"), (X, X, dict(data_range=0), "data_range.* 0"),
     (X, X, dict(data_range=math.inf), "data_range"), (X, X, dict(data_range=math.nan), "data_range"), (X, X, dict(crop_border=-1), "crop_border"),
-    (X, X, dict(crop_border=8), "crop_border must be .* leaves some"), (X, X, dict(crop_border=1.5), "crop_border"),
-    (X[:, :2], X[:, :2], dict(y_channel=True), "y_channel needs RGB"), (BAD, X, {}, "image 1 of the batch has values that are not finite"),
+    (X, X, dict(crop_border=8), "crop_border.* 8"), (X, X, dict(crop_border=1.5), "crop_border"),
+    (X[:, :2], X[:, :2], dict(y_channel=True), "y_channel.* 2 "), (BAD, X, {}, "image 1.*finite"),
     (X, BAD, dict(quantise=True), "image 1"), (INFINITE, X, {}, "image 0"), (INFINITE, X, dict(quantise=True), "image 0")])
 def test_refusals(metric, x, y, options, message):
     with pytest.raises(ValueError, match=message) as caught: metric(x, y, **options)
@@ -217,5 +217,5 @@ def test_refusals(metric, x, y, options, message):
 
 
 def test_ssim_needs_a_window():
-    with pytest.raises(ValueError, match=">= 11 px after cropping"): ssim(X, X, crop_border=3)
+    with pytest.raises(ValueError, match="ssim.* 11 .*10, 10"): ssim(X, X, crop_border=3)
     assert psnr(X + 0.1, X, crop_border=3).shape == (2,)

@@ -132,7 +132,7 @@ def test_compare_tells_what_is_committed_from_what_is_not(clone):
     results = clone / "results" / "smoke"
     irnb = lambda *more: sh(sys.executable, "-m", "irnb.pipeline", "compare", *more, cwd=clone, check=False)
     missing = irnb()
-    assert missing.returncode == 1 and "has no metrics.json to compare" in missing.stderr and "Traceback" not in missing.stderr
+    assert missing.returncode == 1 and "no metrics.json" in missing.stderr and "Traceback" not in missing.stderr
     sh("git", "add", "-f", "results", cwd=clone)
     sh("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "results", cwd=clone)
     same = irnb()
@@ -362,11 +362,11 @@ def change(path, **changes):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"experimnt": "x"}, "experimnt.*did you mean 'experiment'"), ({"corpus__dirctory": "x"}, "corpus.*dirctory.*did you mean 'directory'"),
-    ({"patches__sise": 3}, "patches.*sise.*did you mean 'size'"), ({"run__strategies": ["dill"]}, "dill"), ({"run": [1]}, "mapping"),
-    ({"strategies__supervised": {"klass": "x"}}, "strategies.supervised.*klass"), ({"train__stepss": 10}, "stepss.*did you mean 'steps'"),
-    ({"train__lr": -1}, "train.lr"), ({"strategies__supervised": {"class": "irnb.strategies.Supervized"}}, "cannot import.*Supervized"),
-    ({"strategies__supervised": {"class": "irnb.strategies.Supervised", "options": {"loss": "l7"}}}, "unknown loss 'l7'"),
+    ({"experimnt": "x"}, "experimnt.*'experiment'"), ({"corpus__dirctory": "x"}, "corpus.*dirctory.*'directory'"),
+    ({"patches__sise": 3}, "patches.*sise.*'size'"), ({"run__strategies": ["dill"]}, "dill"), ({"run": [1]}, "mapping"),
+    ({"strategies__supervised": {"klass": "x"}}, "strategies.supervised.*klass"), ({"train__stepss": 10}, "stepss.*'steps'"),
+    ({"train__lr": -1}, "train.lr"), ({"strategies__supervised": {"class": "irnb.strategies.Supervized"}}, "import.*Supervized"),
+    ({"strategies__supervised": {"class": "irnb.strategies.Supervised", "options": {"loss": "l7"}}}, "loss.*'l7'"),
     ({"network": {"name": "NAFNot"}}, "NAFNot"), ({"network": {"name": "NAFNet", "widht": 3}}, "widht"), ({"run__tasks": ["denoize"]}, "denoize")])
 def test_wrong_parameters_are_refused_by_the_command(here, capsys, changes, words):
     change(here / "params.yaml", **changes)
@@ -378,7 +378,7 @@ def test_wrong_parameters_are_refused_by_the_command(here, capsys, changes, word
 
 
 def test_missing_and_broken_parameter_files(here, capsys):
-    assert main(["report", "--params", "none.yaml"]) == 1 and "none.yaml: not found" in capsys.readouterr().err
+    assert main(["report", "--params", "none.yaml"]) == 1 and "none.yaml: " in capsys.readouterr().err
     (here / "bad.yaml").write_text("a: [1\nb: }")
     assert main(["report", "--params", "bad.yaml"]) == 1 and "not valid YAML" in capsys.readouterr().err
     (here / "few.yaml").write_text("experiment: x\n")
@@ -388,7 +388,7 @@ def test_missing_and_broken_parameter_files(here, capsys):
 
 
 def test_results_before_a_report(here, capsys):
-    assert main(["results"]) == 1 and "run dvc repro" in capsys.readouterr().err
+    assert main(["results"]) == 1 and "dvc repro" in capsys.readouterr().err
 
 
 def test_wrong_usage_exits_with_two(capsys):
@@ -425,7 +425,7 @@ def test_a_folder_of_own_pictures_is_one_parameter(here, capsys):
 
 @pytest.mark.parametrize("prepare, words", [
     (lambda here: None, "mine"), (lambda here: (here / "mine").mkdir(), "mine"),
-    (lambda here: [picture(here / "mine" / "train" / "a.png"), picture(here / "mine" / "val" / "b.png", seed=1)], "corpus.test.*matches no usable picture"),
+    (lambda here: [picture(here / "mine" / "train" / "a.png"), picture(here / "mine" / "val" / "b.png", seed=1)], "corpus.test.*'test/\\*'"),
     (lambda here: [picture(here / "mine" / p / "a.png") for p in ("train", "val", "test")], "same content"),
     (lambda here: [picture(here / "mine" / p / "a.png", (70, 70), i) for i, p in enumerate(("train", "val", "test"))], "size|patch|tile")],
     ids=["missing", "empty", "fewer than splits", "same file twice", "smaller than a patch"])
@@ -465,9 +465,9 @@ def test_the_scenes_of_the_target_domain_can_be_named_and_are_taken_whole(here):
     assert pairs == ["s1_1", "s2_2"] and real == ["s0_0", "s0_3"]
 
 
-@pytest.mark.parametrize("corpus, words", [({"unpaired": ["train/*"]}, "takes 3 of the 3 scenes of corpus.train; take at least one and leave at least one for the pairs"),
-                                           ({"unpaired": ["train/s9*"]}, "corpus.unpaired: 'train/s9\\*' matches no usable picture"), ({"unpaired": []}, "takes 0 of the 3 scenes"),
-                                           ({"unpaired": ["train/s0_0"], "real": {"directory": "phone"}}, "corpus.real is a real one; leave one of them out")])
+@pytest.mark.parametrize("corpus, words", [({"unpaired": ["train/*"]}, "corpus.unpaired.* 3 of the 3 "),
+                                           ({"unpaired": ["train/s9*"]}, "corpus.unpaired.*'train/s9\\*'"), ({"unpaired": []}, "corpus.unpaired.* 0 of the 3 "),
+                                           ({"unpaired": ["train/s0_0"], "real": {"directory": "phone"}}, "corpus.unpaired.*corpus.real")])
 def test_bad_scenes_of_the_target_domain(here, capsys, corpus, words):
     named_scenes(here, **corpus)
     assert main(["synthesize"]) == 1
@@ -479,7 +479,7 @@ def test_every_task_has_its_reference(here, capsys):
     for reference in ("supervised", {"denoise": "supervised"}, {"denoise": "supervised", "camera": "supervised"}):
         change(here / "params.yaml", evaluation__reference=reference)
         assert main(["synthesize"]) == 1
-        assert "is not trained on 'camera', which has ['dil_sf']; one name for all tasks, or a mapping of tasks to names" in capsys.readouterr().err
+        assert re.search("evaluation.reference.*'camera'.*'dil_sf'", capsys.readouterr().err)
     change(here / "params.yaml", evaluation__reference={"denoise": "supervised", "camera": "degraded"})
     params = pipeline.load_params(here / "params.yaml")
     assert [pipeline.reference_of(params, t) for t in ("denoise", "camera")] == ["supervised", "degraded"]
@@ -509,12 +509,12 @@ def test_real_pictures_come_from_their_own_folder_and_their_ground_truth_is_not_
 
 
 @pytest.mark.parametrize("prepare, real, words", [
-    (lambda here: None, {"directory": "nowhere"}, "corpus.real: nowhere: is not a folder"),
-    (lambda here: (here / "void").mkdir(), {"directory": "void", "pictures": None}, "corpus.real: void: no usable picture"),
-    (lambda here: None, {"pictures": ["*_fake"]}, r"corpus.real: phone: '\*_fake' matches none of its 6 pictures"),
+    (lambda here: None, {"directory": "nowhere"}, "corpus.real: nowhere: "),
+    (lambda here: (here / "void").mkdir(), {"directory": "void", "pictures": None}, "corpus.real: void: "),
+    (lambda here: None, {"pictures": ["*_fake"]}, r"corpus.real: phone: '\*_fake'.* 6 "),
     (lambda here: picture(here / "small" / "a.png", (40, 40)), {"directory": "small", "pictures": None}, "corpus.real.*(at least|smaller)"),
-    (lambda here: shutil.copy(here / "mine/train/2.png", here / "phone/scene7_real.png"), {"pictures": ["*_real"]}, "same content as train picture 'train/2'.*allow_shared"),
-    (lambda here: None, {"pictrues": ["*"]}, "corpus.real: unknown parameter 'pictrues'")],
+    (lambda here: shutil.copy(here / "mine/train/2.png", here / "phone/scene7_real.png"), {"pictures": ["*_real"]}, "'train/2'.*corpus.real.allow_shared"),
+    (lambda here: None, {"pictrues": ["*"]}, "corpus.real: .*'pictrues'")],
     ids=["missing", "empty", "pattern", "smaller than the patch", "shared", "misspelt"])
 def test_bad_real_folders_are_refused(here, capsys, prepare, real, words):
     real_folder(here, **real)
@@ -545,8 +545,8 @@ def test_pairs_of_files_become_the_unseen_setting_real(here):
     assert len(list(bench)) == 7 + 2
 
 
-@pytest.mark.parametrize("pairs, words", [({"directory": "phone", "clean": "*_truth"}, "has no ground truth 'scene0_truth'"), ({"directory": "phone", "degraded": "real"}, "one star each"),
-                                          ({"directory": "phone", "pictures": ["z*"]}, "no picture matches"), ({"directory": "nowhere"}, "is not a folder")])
+@pytest.mark.parametrize("pairs, words", [({"directory": "phone", "clean": "*_truth"}, "'scene0_truth'"), ({"directory": "phone", "degraded": "real"}, "'real'"),
+                                          ({"directory": "phone", "pictures": ["z*"]}, "['z*']"), ({"directory": "nowhere"}, "nowhere: ")])
 def test_bad_pairs_are_refused(here, capsys, pairs, words):
     real_folder(here)
     change(here / "params.yaml", corpus=load_params(here / "params.yaml")["corpus"] | {"pairs": pairs})
@@ -563,7 +563,7 @@ def test_a_strategy_that_needs_real_pictures_says_so_on_a_task_without(here):
     corpus_params(here)
     assert main(["synthesize"]) == 0
     settings = run_settings(load_params(here / "params.yaml"), "supervised", "denoise")
-    with pytest.raises(ParameterError, match="irnb.strategies.Supervised needs batch..real.., but task 'denoise' has no target domain"):
+    with pytest.raises(ParameterError, match="Supervised.*'real'.*'denoise'"):
         pipeline.open_loader(here / "build/synthetic/denoise", task("denoise"), settings, types.SimpleNamespace(needs=("degraded", "clean", "real")), 0)
 
 
@@ -578,7 +578,7 @@ def test_arms_are_the_two_matrices():
 @pytest.mark.parametrize("part", ["more", "pretrain"])
 def test_a_second_matrix_names_what_exists(here, capsys, part):
     change(here / "params.yaml", **{f"run__{part}": {"tasks": ["denoise"], "strategies": ["dill"]}})
-    assert main(["report"]) == 1 and f"run.{part}.strategies names 'dill'" in capsys.readouterr().err
+    assert main(["report"]) == 1 and re.search(f"run.{part}.strategies.*'dill'", capsys.readouterr().err)
 
 
 def test_a_strategy_is_not_called_like_an_untrained_row(here, capsys):
@@ -586,7 +586,7 @@ def test_a_strategy_is_not_called_like_an_untrained_row(here, capsys):
     assert set(pipeline.UNTRAINED) == {*untrained(), *untrained(4), *untrained(raw=True)}
     params = load_params(here / "params.yaml")
     change(here / "params.yaml", strategies=params["strategies"] | {"degraded": params["strategies"]["supervised"]}, run__strategies=["supervised", "degraded"])
-    assert main(["report"]) == 1 and "may not be called 'degraded'" in capsys.readouterr().err
+    assert main(["report"]) == 1 and "called 'degraded'" in capsys.readouterr().err
 
 
 def with_pretraining(here, **entry):
@@ -623,15 +623,15 @@ def test_a_run_starts_from_pretrained_weights(here):
 def test_pretrained_weights_of_another_network_are_refused(here, capsys):
     with_pretraining(here, network={"name": "UNet", "preset": "tiny"})
     assert main(["pretrain", *RUN, "before"]) == 0
-    assert main(["train", *RUN, "after"]) == 1 and "does not fit the network of the run" in capsys.readouterr().err
+    assert main(["train", *RUN, "after"]) == 1 and re.search("before-0/model.safetensors: .*network", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("start, words", [("nothing", "'nothing' on 'denoise' is not pre-trained"), ({"strategy": "before", "task": "sr4"}, "'before' on 'sr4' is not pre-trained"),
-                                          ({"strategi": "before"}, "did you mean 'strategy'")])
+@pytest.mark.parametrize("start, words", [("nothing", "after.start: 'nothing'.*'denoise'"), ({"strategy": "before", "task": "sr4"}, "after.start: 'before'.*'sr4'"),
+                                          ({"strategi": "before"}, "strategi'.*'strategy'")])
 def test_wrong_starts_are_refused(here, capsys, start, words):
     with_pretraining(here)
     change(here / "params.yaml", strategies=load_params()["strategies"] | {"after": {"class": "irnb.strategies.Supervised", "start": start}})
-    assert main(["synthesize"]) == 1 and words in capsys.readouterr().err
+    assert main(["synthesize"]) == 1 and re.search(words, capsys.readouterr().err)
 
 
 def test_pretrained_weights_go_into_the_network_below_an_enlargement(here):
@@ -664,7 +664,7 @@ def test_a_strategy_without_clean_pictures_needs_a_pretraining_task(here, capsys
     params["strategies"]["before"] = {"class": "irnb.strategies.RCL"}
     shutil.rmtree(here / "build/synthetic/denoise/noisy")
     (here / "params.yaml").write_text(yaml.safe_dump(params))
-    assert main(["pretrain", *RUN, "before"]) == 1 and "learns from noisy pictures alone" in capsys.readouterr().err
+    assert main(["pretrain", *RUN, "before"]) == 1 and re.search("RCL.*run.pretrain.tasks", capsys.readouterr().err)
 
 
 def noisy_folder(here, **noisy):
@@ -700,15 +700,15 @@ def test_own_noisy_pictures_of_any_size_and_depth_are_used_as_they_are(here, cap
     assert main(["pretrain", *RUN, "before"]) == 0
     params["strategies"]["before"] = {"class": "irnb.strategies.Noise2Noise"}
     (here / "params.yaml").write_text(yaml.safe_dump(params))
-    assert main(["pretrain", *RUN, "before"]) == 1 and "corpus.noisy has one" in capsys.readouterr().err
+    assert main(["pretrain", *RUN, "before"]) == 1 and re.search("Noise2Noise.*corpus.noisy", capsys.readouterr().err)
 
 
 @pytest.mark.filterwarnings("ignore:.*d_broken")
 @pytest.mark.parametrize("prepare, noisy, words", [
-    (lambda here: None, {"directory": "nowhere"}, "corpus.noisy: nowhere: is not a folder"),
-    (lambda here: None, {"pictures": ["z*"]}, "corpus.noisy: night: 'z.' matches none of its"),
-    (lambda here: shutil.copy(here / "mine/test/4.png", here / "night/c.png"), {}, "the noisy picture has the same content as test picture 'test/4'.*corpus.noisy.allow_shared"),
-    (lambda here: change(here / "params.yaml", run__pretrain={"tasks": ["denoise", "jdd"], "strategies": ["before"]}), {}, "raw Bayer mosaics")],
+    (lambda here: None, {"directory": "nowhere"}, "corpus.noisy: nowhere: "),
+    (lambda here: None, {"pictures": ["z*"]}, r"corpus.noisy: night: 'z\*'"),
+    (lambda here: shutil.copy(here / "mine/test/4.png", here / "night/c.png"), {}, "test.*'test/4'.*corpus.noisy.allow_shared"),
+    (lambda here: change(here / "params.yaml", run__pretrain={"tasks": ["denoise", "jdd"], "strategies": ["before"]}), {}, "corpus.noisy.*'jdd'")],
     ids=["missing", "pattern", "shared", "raw"])
 def test_bad_noisy_folders_are_refused(here, capsys, prepare, noisy, words):
     noisy_folder(here, **noisy)
@@ -739,7 +739,7 @@ def test_tuned_rivals_stand_beside_their_strategy_on_unseen_settings(here):
 def test_pictures_that_a_degradation_did_not_touch_are_left_out_by_name():
     rows = [{"image": i, "setting": k, "value": v} for i, k, v in (("a", "rain", 30.), ("a", "haze", 20.), ("b", "rain", float("inf")), ("b", "haze", 21.))]
     assert pipeline.without_perfect(rows) == (rows[:2], ["b"]) and pipeline.without_perfect(rows[:2]) == (rows[:2], [])
-    with pytest.raises(ValueError, match="nothing is left to compare"):
+    with pytest.raises(ValueError, match="infinite.*'b'"):
         pipeline.without_perfect(rows[2:])
 
 
@@ -759,7 +759,7 @@ def test_labels_limit_the_training_pictures(here, capsys):
     assert [len(p.sources) for p in chosen] == [1, 2, 3] and set(chosen[0].sources) < set(chosen[1].sources)
     change(here / "params.yaml", strategies=params["strategies"] | {"after": params["strategies"]["after"] | {"labels": 9}})
     assert main(["pretrain", *RUN, "before"]) == 0
-    assert main(["train", *RUN, "after"]) == 1 and "9 labelled pictures asked for, it has 3" in capsys.readouterr().err
+    assert main(["train", *RUN, "after"]) == 1 and re.search(" 9 labelled.* 3;", capsys.readouterr().err)
 
 
 def test_damaged_model_and_benchmark(here, capsys):
@@ -801,7 +801,7 @@ def test_curves_under_dvc_are_the_same_files(tmp_path, monkeypatch):
     pytest.importorskip("dvclive")
     monkeypatch.chdir(tmp_path)
     subprocess.run("git init -q && dvc init -q", shell=True, check=True)
-    with pytest.raises(OSError, match=r"live: no curves .* git repository without a commit .* git commit"):
+    with pytest.raises(OSError, match="/live: .*git commit"):
         pipeline._curves(tmp_path / "live")
     assert not (tmp_path / "live").exists()
     subprocess.run("git -c user.name=a -c user.email=a@b commit -q --allow-empty -m start", shell=True, check=True)
@@ -841,9 +841,9 @@ def test_a_full_disk_is_told_with_the_folder(here, monkeypatch, capsys):
     with_pretraining(here)
     full = lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     monkeypatch.setattr(pipeline, "_plain_curves", lambda folder: (full, lambda: None))
-    assert main(["pretrain", *RUN, "before"]) == 1 and "before-0/live: cannot be written (No space left on device)" in capsys.readouterr().err
+    assert main(["pretrain", *RUN, "before"]) == 1 and re.search("before-0/live: .*No space left", capsys.readouterr().err)
     monkeypatch.setattr(pipeline, "synthesize", full)
-    assert main(["synthesize"]) == 1 and f"{here}: no space left on device" in capsys.readouterr().err
+    assert main(["synthesize"]) == 1 and f"{here}: no space left" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the results folder
@@ -923,7 +923,7 @@ def test_an_experiment_is_a_name_and_no_path(here, capsys, name):
     for command in ("report", "results", "synthesize"):
         assert main([command]) == 1
         error = capsys.readouterr().err
-        assert "params.yaml: experiment must be a name" in error and error.count("\n") == 1
+        assert "params.yaml: experiment " in error and error.count("\n") == 1
     with pytest.raises(ParameterError, match="experiment"):
         pipeline.report(load_params(ROOT / "scales/smoke.yaml") | {"experiment": name})
     assert tree(here) == before
@@ -982,8 +982,8 @@ def test_a_network_of_another_module_needs_a_plugin_too(here, monkeypatch, capsy
     assert main(["sources"]) == 0 and (here / "ran").exists()
 
 
-@pytest.mark.parametrize("text, words", [("a: 1\na: 2\n", "the name 'a' is given twice"), ("a: &x [*x]\n", "inside what it names"), ("a: [" * 2000, "not valid YAML"),
-                                         ("a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(f"{n}: &{n} [{','.join([f'*{m}'] * 10)}]\n" for m, n in zip("abcdefgh", "bcdefghi")), "more than 100000 values"),
+@pytest.mark.parametrize("text, words", [("a: 1\na: 2\n", "'a'.*twice"), ("a: &x [*x]\n", "alias.*inside"), ("a: [" * 2000, "not valid YAML"),
+                                         ("a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(f"{n}: &{n} [{','.join([f'*{m}'] * 10)}]\n" for m, n in zip("abcdefgh", "bcdefghi")), "100000 values"),
                                          ("a: \x07\n", "not valid YAML"), ("{[a]: 1}", "must be|not valid YAML|unknown"), ("a: !!python/object/apply:os.system [ls]\n", "not valid YAML")])
 def test_traps_of_yaml_are_refused(here, capsys, text, words):
     (here / "x.yaml").write_text(text)
@@ -1001,11 +1001,11 @@ def test_a_parameter_file_that_is_no_text(here, capsys):
 def test_names_reach_the_terminal_as_escapes(here, capsys):
     assert main(["report", "--params", "no\n\x1b[31m.yaml"]) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "\x1b" not in error and "no\\n\\x1b[31m.yaml: not found" in error
+    assert error.count("\n") == 1 and "\x1b" not in error and "no\\n\\x1b[31m.yaml: " in error
 
 
-@pytest.mark.parametrize("error, words", [(MemoryError(), "out of memory; lower train.batch"), (RuntimeError("CUDA out of memory. Tried\nto allocate"), "out of memory; lower"),
-                                          (KeyError("x"), "KeyError: 'x' .unexpected; --debug"), (RuntimeError("a\nb"), "RuntimeError: a b .unexpected"), (RecursionError("deep"), "RecursionError: deep")])
+@pytest.mark.parametrize("error, words", [(MemoryError(), "memory.*train.batch"), (RuntimeError("CUDA out of memory. Tried\nto allocate"), "memory.*train.batch"),
+                                          (KeyError("x"), "KeyError: 'x'.*--debug"), (RuntimeError("a\nb"), "RuntimeError: a b .*--debug"), (RecursionError("deep"), "RecursionError: deep")])
 def test_every_error_is_one_sentence_and_debug_adds_the_traceback(here, monkeypatch, capsys, error, words):
     def fail(params):
         raise error
@@ -1031,14 +1031,14 @@ def test_a_reader_that_has_gone_is_no_error(here):
 
 
 def test_wrong_options_show_before_anything_is_trained(here, capsys):
-    for entry, words in (({"options": {"losss": "l1"}}, "strategies.supervised.options.*losss.*did you mean 'loss'"), ({"options": {"loss": 3}}, "options.loss must be str"),
-                         ({"network": {"name": "NAFNet", "width": "4"}}, "strategies.supervised.network.width must be int"), ({"network": {"name": "NAFNet", "width": 10**6}}, "at most 4096"),
-                         ({"train": {"lr": "1e-3"}}, "strategies.supervised.train.lr must be float.*write.*1.0e-3"), ({"train": {"steps": True}}, "train.steps must be int"), ({"options": None, "train": []}, "train must be a mapping")):
+    for entry, words in (({"options": {"losss": "l1"}}, "supervised.options.*losss.*'loss'"), ({"options": {"loss": 3}}, "options.loss .*str.*3"),
+                         ({"network": {"name": "NAFNet", "width": "4"}}, "supervised.network.width .*int.*'4'"), ({"network": {"name": "NAFNet", "width": 10**6}}, "network.width .*4096"),
+                         ({"train": {"lr": "1e-3"}}, "supervised.train.lr .*float.*1.0e-3"), ({"train": {"steps": True}}, "train.steps .*int"), ({"options": None, "train": []}, "supervised.train .*mapping")):
         change(here / "params.yaml", strategies__supervised={"class": "irnb.strategies.Supervised", **entry})
         assert main(["synthesize"]) == 1
         assert re.search(words, capsys.readouterr().err)
     for entry, words in (({"options": {"loss": "l7"}}, "strategies.supervised.options: .*l7"), ({"network": {"name": "NAFNet", "width": -4}}, "strategies.supervised.network"),
-                         ({"network": {"name": "NAFNet", "width": 0}}, "strategies.supervised.network"), ({"network": {"name": "UNet", "width": 4096, "depth": 6}}, "weights, more than")):
+                         ({"network": {"name": "NAFNet", "width": 0}}, "strategies.supervised.network"), ({"network": {"name": "UNet", "width": 4096, "depth": 6}}, "supervised.network .*weights")):
         change(here / "params.yaml", strategies__supervised={"class": "irnb.strategies.Supervised", **entry})
         assert main(["sources"]) == 1
         error = capsys.readouterr().err
@@ -1046,11 +1046,11 @@ def test_wrong_options_show_before_anything_is_trained(here, capsys):
 
 
 def test_compare_before_there_is_anything(here, capsys):
-    assert main(["compare"]) == 1 and "has no metrics.json to compare" in capsys.readouterr().err
+    assert main(["compare"]) == 1 and "no metrics.json" in capsys.readouterr().err
     (here / "results/smoke").mkdir(parents=True)
     (here / "results/smoke/metrics.json").write_text("{}")
-    assert main(["compare"]) == 1 and "the last commit of results/smoke: has no metrics.json" in capsys.readouterr().err
-    assert main(["compare", "elsewhere"]) == 1 and "elsewhere: has no metrics.json" in capsys.readouterr().err
+    assert main(["compare"]) == 1 and re.search("commit of results/smoke: .*metrics.json", capsys.readouterr().err)
+    assert main(["compare", "elsewhere"]) == 1 and re.search("elsewhere: .*metrics.json", capsys.readouterr().err)
 
 
 def test_compare_counts_a_missing_strategy_as_a_difference(here, capsys):

@@ -1,5 +1,5 @@
 """irnb.restore: kinds of pictures and networks, originals safe, one failure does not cost the others, exit codes."""
-import errno, os, pickle, subprocess, sys
+import errno, os, pickle, re, subprocess, sys
 
 import numpy as np
 import pytest
@@ -158,10 +158,10 @@ def test_an_input_is_never_overwritten(tmp_path, model, how):
         (os.symlink if "symlink" in how else os.link)(tmp_path / "in/a.png", tmp_path / "out/a.png")
     before = snapshot(tmp_path)
     (result,) = restore_files([tmp_path / "in/a.png"], tmp_path / out, model, overwrite=True, progress=False)
-    assert "is one of the inputs" in result.error and snapshot(tmp_path) == before
+    assert "inputs" in result.error and snapshot(tmp_path) == before
     if out == "in":  # the folder as input and as output
         results = restore_files([tmp_path / "in"], tmp_path / out, model, overwrite=True, progress=False)
-        assert "is one of the inputs" in results[0].error and snapshot(tmp_path) == before
+        assert "inputs" in results[0].error and snapshot(tmp_path) == before
 
 
 def test_another_input_is_not_overwritten_either(tmp_path, model):
@@ -169,7 +169,7 @@ def test_another_input_is_not_overwritten_either(tmp_path, model):
         (tmp_path / name).parent.mkdir()
         write_array(tmp_path / name, PHOTO[:40, :40])
     before = snapshot(tmp_path)
-    with pytest.raises(RestoreError, match="both be written"):
+    with pytest.raises(RestoreError, match="a/x.png.*b/x.png"):
         restore_files([tmp_path / "a/x.png", tmp_path / "b/x.png"], tmp_path / "b", model, overwrite=True,
                       progress=False)
     assert snapshot(tmp_path) == before
@@ -197,7 +197,7 @@ def test_existing_results_need_overwrite(tmp_path, model):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/a.png").write_bytes(b"precious")
     (result,) = restore_files([tmp_path / "a.png"], tmp_path / "out", model, progress=False)
-    assert "pass --overwrite" in result.error and (tmp_path / "out/a.png").read_bytes() == b"precious"
+    assert "--overwrite" in result.error and (tmp_path / "out/a.png").read_bytes() == b"precious"
     (result,) = restore_files([tmp_path / "a.png"], tmp_path / "out", model, overwrite=True, progress=False)
     assert result.error is None and read_array(tmp_path / "out/a.png")[0].shape == (40, 40, 3)
 
@@ -241,7 +241,7 @@ def test_links_that_point_at_each_other_do_not_stop_the_run(tmp_path, model, cap
     assert code == 1 and "restored 1 of 4 pictures" in said.out and len(said.err.splitlines()) == 3
     assert all(any(name in line for line in said.err.splitlines()) for name in ("a.png", "b.png", "self.png"))
     os.symlink("round", tmp_path / "round")
-    with pytest.raises(RestoreError, match="round: is a link that leads nowhere"):
+    with pytest.raises(RestoreError, match="/round: .*link"):
         restore_files([tmp_path / "in"], tmp_path / "round", model, progress=False)
 
 
@@ -273,12 +273,12 @@ def test_an_interrupted_folder_goes_on(tmp_path, model, monkeypatch, capsys):
 def test_skipping_keeps_to_what_is_finished_and_is_no_input(tmp_path, model):
     write_array(tmp_path / "a.png", PHOTO[:40, :40])
     (result,) = restore_files([tmp_path / "a.png"], tmp_path, model, skip_existing=True, progress=False)
-    assert "is one of the inputs" in result.error and not result.skipped
+    assert "inputs" in result.error and not result.skipped
     (tmp_path / "out").mkdir()
     (tmp_path / "out/a.png").touch()
     (result,) = restore_files([tmp_path / "a.png"], tmp_path / "out", model, skip_existing=True, progress=False)
     assert "exists already" in result.error and not result.skipped
-    with pytest.raises(RestoreError, match="overwrite and skip_existing"):
+    with pytest.raises(RestoreError, match="overwrite.*skip_existing"):
         restore_files([tmp_path / "a.png"], tmp_path / "out", model, skip_existing=True, overwrite=True, progress=False)
 
 
@@ -304,7 +304,7 @@ def test_one_failure_does_not_cost_the_others(tmp_path, model, capsys):
     said = capsys.readouterr()
     assert code == 1 and sorted(os.listdir(tmp_path / "out")) == ["a.png", "z.png"] and "restored 2 of 8" in said.out
     for name, words in [("b.png", "truncated"), ("c.png", "zero bytes"), ("d.png", "not a readable"),
-                        ("e.jpg", "cannot hold alpha"),
+                        ("e.jpg", "alpha"),
                         ("missing.png", "no such file"), ("empty", "no pictures")]:
         assert any(name in line and words in line and ";" in line for line in said.err.splitlines()), (name, said.err)
     assert {p: b for p, b in snapshot(tmp_path).items() if "out" not in p.parts} == before
@@ -315,7 +315,7 @@ def test_what_the_format_cannot_hold_is_refused_before_the_work(tmp_path, model,
     os.rename(tmp_path / "a.png", tmp_path / "a.jpg")
     monkeypatch.setattr(images, "tiled", lambda *_, **__: pytest.fail("the network ran"))
     (result,) = restore_files([tmp_path / "a.jpg"], tmp_path / "out", model, progress=False)
-    assert "cannot hold alpha" in result.error and not (tmp_path / "out").exists()
+    assert "alpha" in result.error and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -350,7 +350,7 @@ def test_out_of_memory_names_the_remedy(tmp_path, model, monkeypatch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
     monkeypatch.setattr(images, "tiled", full)
     (result,) = restore_files([tmp_path / "a.png"], tmp_path / "out", model, progress=False)
-    assert "a.png: out of memory; pass a smaller --tile" in result.error and not (tmp_path / "out").exists()
+    assert "a.png: " in result.error and "--tile" in result.error and not (tmp_path / "out").exists()
 
 
 def test_a_network_that_returns_nan_writes_nothing(tmp_path, monkeypatch):
@@ -359,7 +359,7 @@ def test_a_network_that_returns_nan_writes_nothing(tmp_path, monkeypatch):
     real = images.tiled
     monkeypatch.setattr(images, "tiled", lambda net, x, **k: real(net, x, **k) * 1e6)
     (result,) = restore_files([tmp_path / "a.png"], tmp_path / "out", tmp_path / "m", progress=False)
-    assert "NaN or infinite" in result.error and not (tmp_path / "out").exists()
+    assert "NaN" in result.error and not (tmp_path / "out").exists()
 
 
 # ---- what concerns all: exit 2, nothing touched ----------------------------------------------------------------------
@@ -394,13 +394,13 @@ def test_unusable_models(tmp_path, model, monkeypatch, capsys, name):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--tile", "8"], "tile must be >= 32"), (["--overlap", "300"], "overlap must be 0..256"),
-    (["--overlap", "-1"], "overlap"),
-    (["--device", "abacus"], "try --device cpu"), (["--device", "meta:9x"], "try --device cpu")])
+    (["--tile", "8"], "tile.*32.* 8"), (["--overlap", "300"], "overlap.*256.*300"),
+    (["--overlap", "-1"], "overlap.*-1"),
+    (["--device", "abacus"], "'abacus'.*--device cpu"), (["--device", "meta:9x"], "'meta:9x'.*--device cpu")])
 def test_unusable_settings(tmp_path, model, capsys, options, words):
     write_array(tmp_path / "a.png", PHOTO[:40, :40])
     code = main([str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--model", str(model), *options])
-    assert code == 2 and words in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert code == 2 and re.search(words, capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("which", ["an input", "outdir", "model"])
@@ -447,9 +447,9 @@ def test_a_terminal_that_cannot_show_a_name_does_not_fail_the_run(tmp_path, mode
 
 def test_an_output_folder_that_is_a_file_or_no_inputs(tmp_path, model):
     (tmp_path / "out").write_text("")
-    with pytest.raises(RestoreError, match="is a file"):
+    with pytest.raises(RestoreError, match="/out: .*file"):
         restore_files([tmp_path], tmp_path / "out", model)
-    with pytest.raises(RestoreError, match="no pictures given"):
+    with pytest.raises(RestoreError, match="no pictures"):
         restore_files([], tmp_path / "new", model)
     with pytest.raises(RestoreError, match="statistics"):
         restore_files([tmp_path], tmp_path / "new", model, statistics="none")
@@ -463,7 +463,7 @@ def test_deep_networks_are_blended_with_a_note(tmp_path, capsys):
     write_array(tmp_path / "a.png", PHOTO)
     (result,) = restore_files([tmp_path / "a.png"], tmp_path / "out", tmp_path / "m", tile=64, progress=False)
     said = capsys.readouterr().err
-    assert result.error is None and "blended, not exact" in said
+    assert result.error is None and "not exact" in said
     assert int(said.split("--tile ")[1].split()[0]) > 64
 
 

@@ -55,7 +55,7 @@ def test_nothing_in_common_and_bad_rows():
             compare(a, b, **options)
     with pytest.raises(TableError, match="B, row 2"):
         compare([row()], [row(), row()])
-    with pytest.raises(ValueError, match=r"infinite values at \(seed 0, a\)"):
+    with pytest.raises(ValueError, match=r"infinite.*\(seed 0, a\)"):
         compare([row()], [row(value=math.inf)])
     hole = [row(seed=s, image=i) for s in (0, 1) for i in "ab"][:-1]
     with pytest.raises(ValueError, match=r"missing \(seed 1, b\)"):

@@ -58,8 +58,8 @@ def test_map_with_gaps_one_group_and_other_metrics():
 @needs_matplotlib
 def test_map_bad_input():
     rows = table()
-    for options, message in ((dict(reference="x"), "reference 'x' is not in the table"), (dict(strategies=["x"]), r"\['x'\] not in the table"),
-                             (dict(limit=0), "limit must be > 0"), (dict(limit=math.nan), "limit must be > 0"), (dict(metric="x"), "metric 'x'")):
+    for options, message in ((dict(reference="x"), "reference 'x'"), (dict(strategies=["x"]), r"strategies.*\['x'\]"),
+                             (dict(limit=0), "limit.*got 0"), (dict(limit=math.nan), "limit.*nan"), (dict(metric="x"), "metric 'x'")):
         with pytest.raises(ValueError, match=message):
             generalisation_map(rows, n=20, **options)
     with pytest.raises(ValueError, match="lacks"):
@@ -97,7 +97,7 @@ def test_save_figure_freezes_any_figure_and_fails_whole(tmp_path, monkeypatch):
         save_figure(figure, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     for name in ("a.jpg", "a"):
-        with pytest.raises(ValueError, match="writes .png and .svg"):
+        with pytest.raises(ValueError, match=f"/{name}: .*png.*svg"):
             save_figure(figure, tmp_path / name)
 
     def full(file, **options):
@@ -126,8 +126,8 @@ def test_curves_numbers_positions_and_names():
 
 @needs_matplotlib
 def test_curves_bad_input():
-    for options, message in ((dict(reference="x"), r"\['x'\] not in"), (dict(strategies=["y"]), r"\['y'\] not in"),
-                             (dict(positions={"sigma_15": 1}), r"no value for the settings \['sigma_25', 'sigma_50'\]"), (dict(metric="x"), "metric 'x'")):
+    for options, message in ((dict(reference="x"), r"\['x'\]"), (dict(strategies=["y"]), r"\['y'\]"),
+                             (dict(positions={"sigma_15": 1}), r"positions.*\['sigma_25', 'sigma_50'\]"), (dict(metric="x"), "metric 'x'")):
         with pytest.raises(ValueError, match=message):
             curves(table(), n=20, **options)
 
@@ -146,7 +146,7 @@ def test_gallery_labels_and_odd_pictures():
     figure.draw_without_rendering()
     with pytest.raises(ValueError, match="no panels"):
         gallery([])
-    with pytest.raises(ValueError, match="side must be >= 1"):
+    with pytest.raises(ValueError, match="side.*got 0"):
         gallery([one], side=0)
     with pytest.raises(ValueError, match="strategy 'bad' on image 'a'"):
         panel(item(), {"bad": lambda x: x[..., 1:]})

@@ -84,27 +84,27 @@ def test_tiles_equal_the_whole_picture():
 
 
 @pytest.mark.parametrize("restorer, message", [
-    (lambda x: x / 0, "are NaN or infinite"), (lambda x: x * math.nan, "768 of 768 output values"), (lambda x: x[..., 1:], r"expected \(1, 3, 16, 16\)"),
-    (lambda x: x[0], r"returned shape \(3, 16, 16\)"), (lambda x: x.numpy(), "returned ndarray, not a tensor"), (lambda x: None, "returned NoneType")])
+    (lambda x: x / 0, "infinite"), (lambda x: x * math.nan, "768 of 768"), (lambda x: x[..., 1:], r"16, 15\).*16, 16\)"),
+    (lambda x: x[0], r"shape \(3, 16, 16\)"), (lambda x: x.numpy(), "ndarray"), (lambda x: None, "NoneType")])
 def test_bad_restorers_are_named(restorer, message):
     with pytest.raises(ValueError, match=message) as error:
         evaluate(restorer, [item()], strategy="mine", task="t")
-    assert "strategy 'mine' on image 'a', setting 'sigma_25'" in str(error.value)
+    assert all(name in str(error.value) for name in ("'mine'", "'a'", "'sigma_25'"))
 
 
 @pytest.mark.parametrize("bad, message", [
     (dict(image="a"), "missing setting, seen, degraded, clean"), (item(clean=None), "missing clean"),
-    (item(degraded=torch.zeros(3, 4, 4, dtype=torch.uint8)), r"degraded of a, sigma_25 must be a float tensor.*uint8"),
-    (item(clean=np.zeros((3, 4, 4))), "clean of a, sigma_25 must be"), (item(clean=torch.zeros(2, 3, 4, 4)), r"got \(2, 3, 4, 4\)"),
-    (item(degraded=torch.zeros(4, 4)), r"got \(4, 4\)"), (item(degraded=torch.zeros(3, 0, 4)), r"got \(3, 0, 4\)")])
+    (item(degraded=torch.zeros(3, 4, 4, dtype=torch.uint8)), "degraded of a, sigma_25.*uint8"),
+    (item(clean=np.zeros((3, 4, 4))), "clean of a, sigma_25.*float"), (item(clean=torch.zeros(2, 3, 4, 4)), r"clean.*\(2, 3, 4, 4\)"),
+    (item(degraded=torch.zeros(4, 4)), r"degraded.*\(4, 4\)"), (item(degraded=torch.zeros(3, 0, 4)), r"degraded.*\(3, 0, 4\)")])
 def test_bad_items(bad, message):
     with pytest.raises(ValueError, match=message):
         evaluate(lambda x: x, [bad], strategy="s", task="t")
 
 
 def test_bad_options_of_evaluate():
-    for options, message in ((dict(metrics=("psnr", "vmaf")), r"unknown \['vmaf'\]"), (dict(seed=-1), "seed must be"), (dict(strategy=""), "strategy must be"),
-                             (dict(task=""), "task must be")):
+    for options, message in ((dict(metrics=("psnr", "vmaf")), r"metrics.*\['vmaf'\]"), (dict(seed=-1), ": seed .*-1"), (dict(strategy=""), ": strategy .*''"),
+                             (dict(task=""), ": task .*''")):
         with pytest.raises(ValueError, match=message):
             evaluate(lambda x: x, [item()], **(dict(strategy="s", task="t") | options))
     with pytest.raises(ValueError, match="no items"):

@@ -60,7 +60,7 @@ def test_bootstrap_covers_a_known_effect():
 
 @pytest.mark.parametrize("bad, options, message", [
     (np.zeros(3), {}, "shape"), (np.zeros((0, 3)), {}, "shape"), ([[np.nan]], {}, "finite"), ([[np.inf]], {}, "finite"),
-    ([[1.0]], dict(n=0), "n must be"), ([[1.0]], dict(level=1.0), "level must")])
+    ([[1.0]], dict(n=0), "bootstrap: n .*0"), ([[1.0]], dict(level=1.0), "level.*1.0")])
 def test_bootstrap_bad_input(bad, options, message):
     with pytest.raises(ValueError, match=message):
         bootstrap(bad, **options)
@@ -110,21 +110,21 @@ def test_missing_pairs_are_listed():
     with pytest.raises(ValueError, match=r"'supervised' lacks \(seed 2, img0\), .*\(seed 2, img3\)$"):
         paired_bootstrap(without(rows, strategy="supervised", seed=2), "ours", "supervised", "sigma_15")
     both = without(cut, strategy="supervised", setting="sigma_50", seed=1, image="img2")
-    with pytest.raises(ValueError, match=r"every seed must cover every image; missing \(seed 1, img2\)"):
+    with pytest.raises(ValueError, match=r"missing \(seed 1, img2\)"):
         paired_bootstrap(both, "ours", "supervised", "sigma_50")
     many = without(table(I=40), strategy="ours", seed=0)
     with pytest.raises(ValueError, match="and 32 more"):
         paired_bootstrap(many, "ours", "supervised", "sigma_15")
-    with pytest.raises(ValueError, match="different seeds or images"):
+    with pytest.raises(ValueError, match="'sigma_15'.*'sigma_50'"):
         fewer = [r for r in rows if not (r["setting"] == "sigma_50" and r["image"] == "img3")]
         paired_bootstrap(fewer, "ours", "supervised", ["sigma_15", "sigma_50"])
 
 
 def test_wrong_names_infinite_values_and_mixed_tasks():
     rows = table()
-    for names, options, message in ((("his", "supervised", "sigma_15"), {}, "no rows of strategy 'his'"),
-                                    (("ours", "supervised", "sigma_99"), {}, "for setting 'sigma_99'"),
-                                    (("ours", "supervised", []), {}, "at least one"),
+    for names, options, message in ((("his", "supervised", "sigma_15"), {}, "strategy 'his'"),
+                                    (("ours", "supervised", "sigma_99"), {}, "setting 'sigma_99'"),
+                                    (("ours", "supervised", []), {}, "setting: "),
                                     (("ours", "supervised", "sigma_15"), dict(metric="lpips"), "metric 'lpips'"),
                                     (("ours", "supervised", "sigma_15"), dict(task="dehaze"), "task 'dehaze'")):
         with pytest.raises(ValueError, match=message):
@@ -132,10 +132,10 @@ def test_wrong_names_infinite_values_and_mixed_tasks():
     with pytest.raises(ValueError, match="no rows"):
         paired_bootstrap([], "a", "b", "c")
     endless = [r | {"value": math.inf} if (r["seed"], r["image"]) == (1, "img0") else r for r in rows]
-    with pytest.raises(ValueError, match=r"infinite values at \(seed 1, img0\)"):
+    with pytest.raises(ValueError, match=r"infinite.*\(seed 1, img0\)"):
         paired_bootstrap(endless, "ours", "supervised", "sigma_15")
     two = rows + [r | {"task": "deblur"} for r in rows]
-    with pytest.raises(ValueError, match="choose one by task="):
+    with pytest.raises(ValueError, match="task="):
         paired_bootstrap(two, "ours", "supervised", "sigma_15")
     assert paired_bootstrap(two, "ours", "supervised", "sigma_15", task="deblur").n_images == 4
     with pytest.raises(TableError, match="repeats"):
@@ -208,7 +208,7 @@ def test_gap_closed_resamples_numerator_and_denominator_together():
 
 def test_no_gap_to_close():
     rows = gap_rows(.5)
-    with pytest.raises(ValueError, match="no gap to close"):
+    with pytest.raises(ValueError, match="no gap"):
         gap_closed(rows, "n", "o", "v", "x", n=20)
-    with pytest.raises(ValueError, match="no rows of strategy 'w'"):
+    with pytest.raises(ValueError, match="strategy 'w'"):
         gap_closed(rows, "w", "v", "o", "x")

@@ -1,6 +1,7 @@
 """Rows, their file, and their means."""
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -46,10 +47,10 @@ def test_file_format_is_what_the_docs_say(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(value=float("nan")), "value must be a number"), (dict(value="30"), "value must be a number"), (dict(value=True), "value"),
-    (dict(seed=-1), "seed must be"), (dict(seed=1.0), "seed must be"), (dict(seed=True), "seed must be"), (dict(seed="x"), "seed must be"),
-    (dict(seen="true"), "seen must be"), (dict(seen=1), "seen must be"), (dict(image=""), "image must be"), (dict(image="a\r"), "image must be"), (dict(metric="\ud800"), "metric must be"), (dict(strategy=3), "strategy must be"),
-    (dict(setting="unseen"), "may not be called 'unseen'"), (dict(extra=1), "unknown ['extra']")])
+    (dict(value=float("nan")), ": value "), (dict(value="30"), ": value "), (dict(value=True), ": value "),
+    (dict(seed=-1), ": seed "), (dict(seed=1.0), ": seed "), (dict(seed=True), ": seed "), (dict(seed="x"), ": seed "),
+    (dict(seen="true"), ": seen "), (dict(seen=1), ": seen "), (dict(image=""), ": image "), (dict(image="a\r"), ": image "), (dict(metric="\ud800"), ": metric "), (dict(strategy=3), ": strategy "),
+    (dict(setting="unseen"), "called 'unseen'"), (dict(extra=1), "unknown ['extra']")])
 def test_bad_rows_are_not_written(tmp_path, change, message):
     path = tmp_path / "t.csv"
     write_table(path, [row()])
@@ -63,8 +64,8 @@ def test_bad_rows_are_not_written(tmp_path, change, message):
 def test_missing_column_duplicates_and_contradictory_seen_flags(tmp_path):
     short = row()
     del short["metric"]
-    for rows, message in (([short], r"missing \['metric'\]"), ([row(), row(value=1.0)], "row 2: repeats an earlier row"),
-                          ([row(), row(image="b", seen=False)], "both seen and unseen")):
+    for rows, message in (([short], r"missing \['metric'\]"), ([row(), row(value=1.0)], "row 2: repeats"),
+                          ([row(), row(image="b", seen=False)], "both seen")):
         with pytest.raises(TableError, match=message):
             write_table(tmp_path / "t.csv", rows)
     write_table(tmp_path / "t.csv", [row(), row(task="deblur", seen=False)])   # another task may see it differently
@@ -74,18 +75,18 @@ GOOD = "image,task,setting,seen,strategy,seed,metric,value\na,denoise,s15,true,s
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "line 1: the header must be"), ("image;task\n", "line 1: the header must be"), (GOOD.replace("seen,", "", 1), "line 1: the header"),
-    (GOOD + "b,denoise,s15\n", "line 3: expected 8 fields, got 3"), (GOOD + GOOD.splitlines()[1] + ",9\n", "line 3: expected 8 fields, got 9"),
-    (GOOD + GOOD.splitlines()[1] + "\n", "line 3: repeats"), (GOOD + "b,denoise,s15,True,s,0,psnr,30\n", "line 3: seen must be"),
-    (GOOD + "b,denoise,s15,true,s,1.5,psnr,30\n", "line 3: seed must be"), (GOOD + "b,denoise,s15,true,s,-1,psnr,30\n", "line 3: seed must be"),
-    (GOOD + "b,denoise,s15,true,s,0,psnr,abc\n", "line 3: value must be a number, got 'abc'"), (GOOD + "b,denoise,s15,true,s,0,psnr,nan\n", "line 3: value"),
-    (GOOD + ",denoise,s15,true,s,0,psnr,1\n", "line 3: image must be"), (GOOD + '"b\nc",denoise,s15,true,s,0,psnr,1\n', "line 4: image must be"),
-    (GOOD + '"b', "after line 2: not a CSV table")])
+    ("", "line 1: .*header"), ("image;task\n", "line 1: .*header"), (GOOD.replace("seen,", "", 1), "line 1: .*header"),
+    (GOOD + "b,denoise,s15\n", "line 3: .*8 .*got 3"), (GOOD + GOOD.splitlines()[1] + ",9\n", "line 3: .*8 .*got 9"),
+    (GOOD + GOOD.splitlines()[1] + "\n", "line 3: repeats"), (GOOD + "b,denoise,s15,True,s,0,psnr,30\n", "line 3: seen "),
+    (GOOD + "b,denoise,s15,true,s,1.5,psnr,30\n", "line 3: seed "), (GOOD + "b,denoise,s15,true,s,-1,psnr,30\n", "line 3: seed "),
+    (GOOD + "b,denoise,s15,true,s,0,psnr,abc\n", "line 3: value .*'abc'"), (GOOD + "b,denoise,s15,true,s,0,psnr,nan\n", "line 3: value "),
+    (GOOD + ",denoise,s15,true,s,0,psnr,1\n", "line 3: image "), (GOOD + '"b\nc",denoise,s15,true,s,0,psnr,1\n', "line 4: image "),
+    (GOOD + '"b', "after line 2: .*CSV")])
 def test_bad_files_are_reported_by_line(tmp_path, text, message):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(TableError) as error:
         read_table(tmp_path / "t.csv")
-    assert message in str(error.value) and "t.csv" in str(error.value)
+    assert re.search(message, str(error.value)) and "t.csv" in str(error.value)
 
 
 def test_binary_and_absent_files(tmp_path):
@@ -132,7 +133,7 @@ def test_summary_gaps_and_errors():
     gap = summary(without(rows, strategy="ours", setting="sigma_25"))[2]
     assert gap["sigma_25"] is None and gap["seen"] is None and gap["unseen"] is not None
     assert summary([r for r in rows if r["seen"]])[0]["unseen"] is None
-    with pytest.raises(ValueError, match=r"same images: 'ours' lacks \['img1'\]"):
+    with pytest.raises(ValueError, match=r"'ours' lacks \['img1'\]"):
         summary(without(rows, strategy="ours", setting="sigma_25", image="img1"))
     with pytest.raises(ValueError, match=r"missing \(seed 1, img1\)"):
         summary(without(rows, strategy="ours", setting="sigma_25", image="img1", seed=1))
@@ -147,7 +148,7 @@ def test_markdown_table():
     assert "| 1.0 |" in markdown_table([dict(x=1.005)], 1) and "1.005" in markdown_table([dict(metric="m", x=1.005)], {"m": 3})
     with pytest.raises(ValueError, match="no rows"):
         markdown_table([])
-    with pytest.raises(ValueError, match="row 2 has other columns"):
+    with pytest.raises(ValueError, match="row 2 .*columns"):
         markdown_table([dict(a=1), dict(b=1)])
 
 

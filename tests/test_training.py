@@ -235,7 +235,7 @@ def test_a_checkpoint_of_another_environment_is_named_and_not_continued(tmp_path
     else:
         del state["code"]   # as earlier versions wrote it
     save_checkpoint(tmp_path / "c.pt", state)
-    with pytest.warns(UserWarning, match=rf"c\.pt: checkpoint of other code \(.*{name or 'irnb.training'}"):
+    with pytest.warns(UserWarning, match=rf"c.pt: .*code.*{name or 'irnb.training'}"):
         again = run(batches=Batches(), checkpoint=tmp_path / "c.pt")
     assert again.resumed_at == 0 and same(again, run())
 
@@ -338,14 +338,14 @@ def test_a_second_process_of_a_run_is_refused_until_the_first_is_dead(tmp_path):
             assert job.poll() is None
             time.sleep(.02)
         before = (tmp_path / "c.pt").read_bytes()
-        with pytest.raises(BlockingIOError, match=rf"c\.pt\.lock: process {job.pid} trains this run"):
+        with pytest.raises(BlockingIOError, match=rf"c\.pt\.lock: .*{job.pid} "):
             run(checkpoint=tmp_path / "c.pt", on_log=pytest.fail)
         assert (tmp_path / "c.pt").read_bytes() == before and (tmp_path / "c.pt.lock").exists()
         run(checkpoint=tmp_path / "d.pt")   # another run is another matter
     finally:
         job.kill()
         job.wait()
-    with pytest.warns(UserWarning, match=r"other code \(session code"):   # of another data source, in this test
+    with pytest.warns(UserWarning, match=r"c\.pt: .*session code"):   # of another data source, in this test
         assert run(checkpoint=tmp_path / "c.pt").resumed_at == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.pt", "d.pt", "here"]
 
@@ -398,7 +398,7 @@ def test_non_finite_loss_names_step_seed_and_checkpoint(tmp_path, value):
                 batch["clean"][0, 0, 0, 0] = value
             return batch
 
-    with pytest.raises(NonFiniteError, match=r"step 21 \(batch seeds .*1021.*checkpoint\.pt") as caught:
+    with pytest.raises(NonFiniteError, match=r"step 21 .*1021.*checkpoint\.pt") as caught:
         run(batches=Poisoned(), checkpoint=tmp_path / "checkpoint.pt")
     assert caught.value.step == 21 and caught.value.batch_seeds == {"clean": 1021}
     state = load_checkpoint(caught.value.checkpoint, run_fingerprint(Supervised(ToyNet()), CONFIG))
@@ -423,7 +423,7 @@ def test_non_finite_inputs_are_noticed_though_the_loss_is_finite(tmp_path, value
                 batch[name][-1, 0, 0, 0] = value
             return batch
 
-    with pytest.raises(NonFiniteError, match=rf"^batch\['{name}'\] is not finite at step {step} ") as caught:
+    with pytest.raises(NonFiniteError, match=rf"^batch\['{name}'\].*step {step} ") as caught:
         train(Lenient(ToyNet()), Poisoned(), dataclasses.replace(CONFIG, steps=42), checkpoint=tmp_path / "c.pt", device="cpu", progress=False)
     assert caught.value.step == step and caught.value.batch_seeds == {"clean": 1000 + step}
     assert (tmp_path / "c.pt").exists() == (step >= 8)
@@ -466,7 +466,7 @@ def test_non_finite_gradient_is_found_too(tmp_path):
         def forward(self, x):
             return super().forward(x) + torch.sqrt(self.layers[0].weight.sum() * 0)
 
-    with pytest.raises(NonFiniteError, match="gradient norm is not finite at step 0"):
+    with pytest.raises(NonFiniteError, match="gradient norm.*step 0"):
         run(Steep(), checkpoint=tmp_path / "checkpoint.pt")
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -483,7 +483,7 @@ def test_bad_checkpoints(tmp_path):
     path = tmp_path / "c.pt"
     for content in (b"", b"not a checkpoint", pickle.dumps({"fingerprint": "x"})):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="c.pt.*not a readable checkpoint.*delete it"):
+        with pytest.raises(ValueError, match=r"c\.pt: .*delete it"):
             run(checkpoint=path)
 
 
@@ -494,11 +494,11 @@ def test_cut_off_damaged_and_incomplete_checkpoints(tmp_path):
     flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]
     for content in (whole[:-1], whole[:len(whole) // 2], whole[:10], flipped):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"c\.pt: not a readable checkpoint.*delete it"):
+        with pytest.raises(ValueError, match=r"c\.pt: .*delete it"):
             run(checkpoint=path)
     for damage in ({"rng": None}, {"opt": {}}, {"strategy": {}}, {"rng": []}):
         save_checkpoint(path, state | damage)
-        with pytest.raises(ValueError, match=r"c\.pt: not a readable checkpoint.*delete it"):
+        with pytest.raises(ValueError, match=r"c\.pt: .*delete it"):
             run(checkpoint=path)
     assert not (tmp_path / "c.pt.lock").exists()
 
@@ -507,7 +507,7 @@ def test_a_folder_or_a_pipe_is_no_checkpoint(tmp_path):
     (tmp_path / "folder.pt").mkdir()
     os.mkfifo(tmp_path / "pipe.pt")
     for name in ("folder.pt", "pipe.pt"):
-        with pytest.raises(ValueError, match=rf"{name}: not a readable checkpoint.*not a file"):
+        with pytest.raises(ValueError, match=f"{name}: .*not a file"):
             run(checkpoint=tmp_path / name)
 
 
@@ -521,7 +521,7 @@ class Bomb:
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path):
     torch.save({"fingerprint": Bomb(str(tmp_path / "boom"))}, tmp_path / "c.pt")
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"c\.pt: .*readable"):
         run(checkpoint=tmp_path / "c.pt")
     assert not (tmp_path / "boom").exists()
 
@@ -606,7 +606,7 @@ def test_compiled_network_trains_and_is_given_back():
 
 
 def test_nothing_to_train_is_an_error():
-    with pytest.raises(ValueError, match="no trainable parameter"):
+    with pytest.raises(ValueError, match="Supervised.*trainable"):
         run(ToyNet().requires_grad_(False))
 
 
@@ -648,7 +648,7 @@ def test_schedule_and_decay_formulas():
 def test_device_names():
     assert pick_device("cpu").type == "cpu"
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no CUDA device"):
+        with pytest.raises(ValueError, match="'cuda'.*'cpu'"):
             pick_device("cuda")
     assert {"torch", "threads", "cpu_capability", "device"} <= environment().keys()
 
