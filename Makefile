@@ -29,6 +29,7 @@ env: $(VENV)/.stamp
 repro: env
 	dvc repro
 	@irnb results
+	-@irnb compare
 
 test: env
 	python -m pytest
