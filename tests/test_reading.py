@@ -44,11 +44,17 @@ def test_its_top_says_what_it_is_and_how_long_it_takes(path):
     assert re.match(r"# \S", top) and (path.parent.name + path.stem == "nbsindex" or re.search(r"(?is)\b(runs?|takes?)\b[^.]{0,60}\b(s|seconds?|minutes?)\b", top))
 
 
+def titles_of(*paths):
+    return [m for path in paths for c in cells(path) if c.cell_type == "markdown" for m in re.findall(r"(?m)^#+ (.+)$", c.source)]
+
+
 @every
-def test_it_ends_with_limits_and_a_use_in_ones_own_code(path):
-    titles = [m for c in cells(path) if c.cell_type == "markdown" for m in re.findall(r"(?m)^#+ (.+)$", c.source)]
-    if path.stem != "index":
-        assert any(re.search("(?i)limits", t) for t in titles) and any(re.search("(?i)your own|use it", t) for t in titles), titles
+def test_limits_and_a_use_in_ones_own_code_are_told(path):
+    "By every notebook; a room of several tells its use on its page, which is called index, and its limits where they arise."
+    room = path.parent.parent.name == "bench"
+    if path.stem != "index" or room:
+        use, limits = (titles_of(path.parent / "index.ipynb"), titles_of(*path.parent.glob("*.ipynb"))) if room else (titles_of(path), titles_of(path))
+        assert any(re.search("(?i)limits", t) for t in limits) and any(re.search("(?i)your own|use it|in a script|in ten lines", t) for t in use), use
 
 
 @every
