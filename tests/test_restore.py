@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import irnb.images as images
-from irnb.image_files import read_array, write_array
+from irnb.image_files import printable, read_array, write_array
 from irnb.images import pad_to_multiple, rgb_to_gray
 from irnb.networks import build, load_model, save_model
 from irnb.restore import RestoreError, main, restore_files
@@ -432,8 +432,8 @@ def test_odd_names_are_restored_and_printed_as_escapes(tmp_path, model, capsys, 
     said = capsys.readouterr()
     assert code == (fate == "refused") and (tmp_path / f"out {odd}" / picture.name).is_file() == (fate != "refused")
     assert all(c.isprintable() for text in said for c in text.replace("\n", ""))
-    assert images.printable(tmp_path / f"out {odd}") in said.out and said.out.count("\n") == 1
-    assert images.printable(picture) in said.err and "; " in said.err if fate != "restored" else not said.err
+    assert printable(tmp_path / f"out {odd}") in said.out and said.out.count("\n") == 1
+    assert printable(picture) in said.err and "; " in said.err if fate != "restored" else not said.err
     assert said.err.count("\n") == (fate != "restored")
 
 

@@ -591,7 +591,8 @@ def test_accumulation_needs_equal_parts():
 
 
 @pytest.mark.slow
-def test_compiled_network_trains_and_is_given_back():
+def test_compiled_network_trains_and_is_given_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))   # what was compiled for another processor is not ours
     strategy = Supervised(ToyNet())
     try:
         result = train(strategy, Batches(), dataclasses.replace(CONFIG, steps=8, compile=True), device="cpu", progress=False)
