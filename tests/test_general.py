@@ -338,7 +338,9 @@ def test_everything_learns_from_the_picture_alone(cls):
     "Nothing is detached: L1 reaches code 2 and so code 1, all maps, and every other weight."
     net = small(cls).train()
     net(image(16, 16)).square().mean().backward()
-    assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    cancelled = {f"ConStyle.encoder_q.mlp{k}.0.bias" for k in (1, 2)}   # BatchNorm follows: their gradient is 0 but for rounding
+    assert cancelled <= set(dict(net.named_parameters()))
+    assert [n for n, p in net.named_parameters() if p.grad is None or n not in cancelled and not p.grad.abs().sum() > 0] == []
 
 
 def test_a_detached_description_leaves_the_encoder_alone():
